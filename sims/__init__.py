@@ -1,0 +1,1 @@
+"""Simulator episodes: environments, demonstrations, and the clock that does not wait."""

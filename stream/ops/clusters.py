@@ -1,0 +1,52 @@
+"""Density-peak clustering over k nearest neighbours (DPC-KNN), batched over ragged groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .picks import top_mask
+
+
+def density_peak_score(
+    distance: Tensor, neighbours: Tensor, valid: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
+    """rho * delta of every point, float32 [b, n]; -inf outside `valid`.
+
+    rho = exp(-mean squared distance to the `neighbours` nearest points, itself included);
+    delta = distance to the nearest denser point, or the largest distance where none is denser.
+
+    distance: [b, n, n]; neighbours: long [b]; valid: bool [b, n]; noise: [b, n] added to rho.
+    Source: HoliTom (arXiv 2505.21334), clustering of static tokens.
+    """
+    n = distance.shape[-1]
+    if valid is None:
+        valid = torch.ones(distance.shape[:2], dtype=torch.bool, device=distance.device)
+    pair = valid[:, :, None] & valid[:, None, :]
+    nearest_count = min(int(neighbours.max()), n) if neighbours.numel() else 0
+    near = distance.masked_fill(~pair, torch.inf).topk(nearest_count, -1, largest=False).values
+    rank = torch.arange(nearest_count, device=distance.device)
+    near2 = torch.where(rank < neighbours[:, None, None], near, 0.0).square()
+    rho = torch.exp(-near2.sum(-1) / neighbours[:, None])
+    if noise is not None:
+        rho = rho + noise
+    largest = distance.masked_fill(~pair, 0.0).amax((-2, -1))[:, None, None]
+    denser = (rho[:, None, :] > rho[:, :, None]) & pair
+    delta = torch.where(denser, distance, largest).amin(-1)
+    return (rho * delta).masked_fill(~valid, -torch.inf)
+
+
+def assign(distance: Tensor, centre: Tensor) -> Tensor:
+    """Index of the nearest centre of every point, long [b, n]; ties go to the lower index.
+
+    distance: [b, n, n]; centre: bool [b, n]. A centre is its own.
+    """
+    to_centre = distance.masked_fill(~centre[:, None, :], torch.inf)
+    owner = to_centre.argmin(-1)
+    own = torch.arange(distance.shape[-1], device=distance.device).expand_as(owner)
+    return torch.where(centre, own, owner)
+
+
+def peaks(score: Tensor, count: Tensor) -> Tensor:
+    """The `count` best points of each group, bool [b, n]."""
+    return top_mask(score, count)

@@ -1,0 +1,43 @@
+"""Weights of a merge: what each token gives to the row it is merged into."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MergeRule = Literal["beta", "mean"]
+
+
+def cluster_weights(owner: Tensor, member: Tensor, rule: MergeRule, beta: float) -> Tensor:
+    """Weight of every token in its cluster, float32 [n]; tokens that are no member count nowhere.
+
+    beta: the centre gives `beta`, the others share 1 - beta; a centre alone gives 1.
+    mean: centre and others give equal shares.
+
+    owner: long [n], the index of each token's centre; a centre owns itself. member: bool [n].
+    """
+    owner = torch.where(member, owner, 0)
+    size = torch.bincount(owner, weights=member.double(), minlength=owner.numel())[owner]
+    if rule == "mean":
+        return (1.0 / size).float()
+    is_centre = owner == torch.arange(owner.numel(), device=owner.device)
+    other = (1.0 - beta) / (size - 1).clamp_min(1)
+    return torch.where(size == 1, 1.0, torch.where(is_centre, beta, other)).float()
+
+
+def halving_weights(slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Closed form of folding sources one by one as target = (target + source) / 2.
+
+    slot: long [m], the target of each source, sources in folding order; k: number of targets.
+    Returns (weight of each source [m], weight each target keeps of itself [k]): with m sources
+    the target keeps 2^-m and source j (0-based) gives 2^-(m-j).
+    Source: HoliTom's inner merge (arXiv 2505.21334).
+    """
+    count = torch.bincount(slot, minlength=k)
+    order = torch.argsort(slot, stable=True)
+    first = count.cumsum(0) - count
+    rank = torch.empty_like(slot)
+    rank[order] = torch.arange(slot.numel(), device=slot.device) - first[slot[order]]
+    return torch.exp2(-(count[slot] - rank).float()), torch.exp2(-count.float())

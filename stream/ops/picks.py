@@ -1,0 +1,49 @@
+"""Choosing tokens: which indices fit a count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top(score: Tensor, k: int) -> Tensor:
+    """Ascending indices of the k largest scores, long [..., min(k, n)]; ties go to lower indices.
+
+    score: [..., n].
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(dim=-1).values
+
+
+def top_mask(score: Tensor, k: Tensor) -> Tensor:
+    """Row-wise `top` with a count of its own for each row, bool [r, n].
+
+    score: [r, n]; k: long [r].
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
+    return rank < k[:, None]
+
+
+def spaced(n: int, k: int) -> Tensor:
+    """k distinct indices evenly spaced over 0..n-1 (the middle of each of k equal parts)."""
+    return ((torch.arange(k, dtype=torch.float64) + 0.5) * (n / k)).long()
+
+
+def staggered(frames: int, per_frame: int, k: int) -> Tensor:
+    """k distinct indices spread over all frames, each frame at a phase of its own.
+
+    Without the phase an even stride that divides `per_frame` would sample the same patches in
+    every frame. The phase walks by the golden ratio, which no stride divides.
+    """
+    frame = torch.arange(frames, dtype=torch.float64)
+    base, extra = divmod(k, frames)
+    count = torch.full((frames,), base)
+    count[spaced(frames, extra)] += 1
+    frame_of = torch.repeat_interleave(torch.arange(frames), count)
+    first = count.cumsum(0) - count
+    rank = torch.arange(k) - first[frame_of]
+    phase = (0.5 + frame * 0.6180339887498949) % 1.0
+    within = (rank + phase[frame_of]) * per_frame / count[frame_of]
+    return frame_of * per_frame + within.long().clamp_(max=per_frame - 1)

@@ -1,0 +1,39 @@
+"""How alike tokens are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adjacent_cosine(x: Tensor) -> Tensor:
+    """Cosine of each patch with the same patch one frame later, float32 [t-1, p].
+
+    x: [t, p, c]. Zero vectors have similarity 0, as torch's cosine_similarity has it. The dot
+    products are contracted without an n x c temporary.
+    """
+    x = x.float()
+    dot = torch.einsum("tpc,tpc->tp", x[:-1], x[1:])
+    norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8)
+    return dot / (norm[:-1] * norm[1:])
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of every row of a with every row of b: [..., n, c], [..., m, c] -> [..., n, m]."""
+    a, b = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-8) for v in (a, b))
+    return a @ b.transpose(-1, -2)
+
+
+def distances(x: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Euclidean distances divided by sqrt(c): [b, n, c] -> float32 [b, n, n], diagonal 0.
+
+    Centring on the mean first keeps the matrix-product form accurate for close points. With
+    `sizes` (long [b]), only the first points of each group count, the rest are zero rows.
+    """
+    count = x.shape[1] if sizes is None else sizes[:, None, None]
+    x = x.float()
+    x = x - x.sum(dim=1, keepdim=True) / count
+    square = (x * x).sum(-1)
+    d2 = torch.baddbmm(square[:, :, None] + square[:, None, :], x, x.mT, alpha=-2.0)
+    d2.diagonal(dim1=-2, dim2=-1).zero_()
+    return d2.clamp_min_(0.0).div_(x.shape[-1]).sqrt_()

@@ -1,0 +1,117 @@
+"""The one interface behind which every token-reduction method stands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..data import Budget, VisualTokens
+from ..errors import BudgetError, ConfigError
+from ..memory import Memory
+from ..plan import Plan
+from ..signals import Signal, Signals
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a reducer acts.
+
+    layer: None = before the language model (INPUT); an int = at the entry of that decoder layer;
+        a float in (0, 1) = at that share of the model's depth.
+    """
+
+    layer: int | float | None = None
+
+    @property
+    def in_llm(self) -> bool:
+        return self.layer is not None
+
+    def layer_index(self, depth: int) -> int:
+        """The decoder layer at whose entry tokens are reduced, for a model of `depth` layers."""
+        if self.layer is None:
+            raise ConfigError("A reducer before the language model has no layer.")
+        index = self.layer if isinstance(self.layer, int) else round(self.layer * depth)
+        if not 1 <= index < depth:
+            raise ConfigError(
+                f"The reducer acts at layer {index}, the model has layers 0..{depth - 1}; "
+                f"allowed is 1..{depth - 1}, since the layer before gives the scores."
+            )
+        return index
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return "input"
+        if isinstance(self.layer, int):
+            return f"layer {self.layer}"
+        return f"layer at {self.layer:.2f} of depth"
+
+
+INPUT = Site()
+
+
+class Reducer(BaseModel, ABC):
+    """Decides which visual tokens leave a stage. Frozen and stateless: fields are settings.
+
+    Class attributes: `needs`, the signals `plan` may read; `source`, the publication.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    source: ClassVar[str] = ""
+
+    @classmethod
+    def build(cls, **settings: Any) -> Self:
+        """Construct from user input; ConfigError instead of pydantic's."""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            lines = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given {e['input']!r})"
+                for e in error.errors()
+            )
+            raise ConfigError(
+                f"{cls.__name__} cannot be built: {lines}. "
+                f"Settings: {', '.join(cls.model_fields) or 'none'}."
+            ) from error
+
+    @property
+    def site(self) -> Site:
+        return INPUT
+
+    @property
+    def stages(self) -> tuple[Reducer, ...]:
+        """This reducer and those that follow it deeper in the model, in order."""
+        return (self,)
+
+    def keeps(self, n: int, budget: Budget) -> int:
+        """How many of n incoming tokens leave this stage."""
+        return min(n, budget.tokens)
+
+    @abstractmethod
+    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
+        """Decide what becomes of every token.
+
+        tokens: features [n, d] at this reducer's site, with their places in the patch grid.
+        budget: the plan has exactly min(budget.tokens, n) rows.
+        memory: the stream's own; the only state a reducer may keep.
+        """
+
+
+def reduce_stage(
+    reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
+) -> Plan:
+    """Run one stage as the pipeline does: count, declared signals only, identity when all fit."""
+    k = reducer.keeps(tokens.n, budget)
+    if k >= tokens.n:
+        return Plan.identity(tokens.n, tokens.x.device)
+    if k < 1 and not reducer.site.in_llm:
+        raise BudgetError(
+            "0 visual tokens were asked for before the language model; at least 1 must reach it. "
+            "Raise the budget, or drop the rest later with a reducer inside the model."
+        )
+    stage_budget = Budget(k, budget.deadline_ms)
+    return reducer.plan(tokens, signals.declared_by(reducer.needs), stage_budget, memory)

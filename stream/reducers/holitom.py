@@ -1,0 +1,289 @@
+"""HoliTom: merge what stands still over time, keep the salient part of what moves.
+
+Before the language model, one video at a time: static windows by dynamic programme, static
+patches averaged over their window and clustered in space, the other patches chosen frame by
+frame. Inside the model, `InnerMerge`. Source: HoliTom, arXiv 2505.21334.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from ..data import Budget, PatchGrid, Segment, VisualTokens
+from ..errors import ConfigError
+from ..memory import Memory
+from ..ops import clusters, counts, merges, picks, similarity
+from ..plan import Plan
+from ..segmenters import static_windows
+from ..signals import Signal, Signals
+from .base import Reducer
+from .inner_merge import InnerMerge
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Segments of a video and what stands still in them.
+
+    segment: long [t], the segment of each frame; start: long [s], first frame of each segment.
+    static: bool [s, p], patches that stand still through a segment of two frames or more.
+    saved: tokens that collapsing the static patches saves.
+    """
+
+    segment: Tensor
+    start: Tensor
+    static: Tensor
+    saved: int
+
+    @classmethod
+    def of(cls, links: NDArray[np.bool_], segments: list[Segment]) -> Windows:
+        """links: bool [t-1, p]; segments: a partition of the t frames."""
+        frames, patches = links.shape[0] + 1, links.shape[1]
+        broken = np.zeros((frames, patches), np.int64)
+        broken[1:] = (~links).cumsum(0)
+        first = np.array([s.start for s in segments])
+        last = np.array([s.stop for s in segments]) - 1
+        static = (broken[last] == broken[first]) & (last > first)[:, None]
+        saved = int((static.sum(1) * (last - first)).sum())
+        segment = np.repeat(np.arange(len(segments)), last - first + 1)
+        return cls(*map(torch.from_numpy, (segment, first, static)), saved)
+
+    def to(self, device: torch.device) -> Windows:
+        segment, start, static = (t.to(device) for t in (self.segment, self.start, self.static))
+        return Windows(segment, start, static, self.saved)
+
+    @property
+    def n_static(self) -> Tensor:
+        """long [s]: static patches of each segment."""
+        return self.static.sum(1)
+
+    @property
+    def n_dynamic(self) -> Tensor:
+        """long [t]: dynamic patches of each frame."""
+        return (self.static.shape[1] - self.n_static)[self.segment]
+
+
+def split_to_fit(links: NDArray[np.bool_], segments: list[Segment], tokens: int) -> Windows:
+    """Halve the longest segments until the collapsed video holds at least `tokens` tokens.
+
+    A still video may collapse to fewer tokens than the budget allows; the room is spent on time.
+    """
+    size = (links.shape[0] + 1) * links.shape[1]
+    windows = Windows.of(links, segments)
+    while size - windows.saved < tokens:
+        longest = max(range(len(segments)), key=lambda i: (len(segments[i]), -i))
+        whole = segments[longest]
+        middle = whole.start + len(whole) // 2
+        halves = [Segment(whole.start, middle), Segment(middle, whole.stop)]
+        segments = segments[:longest] + halves + segments[longest + 1 :]
+        windows = Windows.of(links, segments)
+    return windows
+
+
+def corrected_ratio(retain: float, size: int, saved: int) -> float:
+    """The ratio to apply after the collapse so that about `retain` of all tokens remain."""
+    return min(retain / ((size - saved) / size), 1.0)
+
+
+def published_counts(ratio: float, windows: Windows) -> tuple[Tensor, Tensor]:
+    """(static tokens of each segment, dynamic tokens of each frame) with the paper's rounding."""
+    static = [round(n * ratio) for n in windows.n_static.tolist()]
+    dynamic = [math.ceil(n * ratio) for n in windows.n_dynamic.tolist()]
+    return torch.tensor(static), torch.tensor(dynamic)
+
+
+def exact_counts(tokens: int, windows: Windows) -> tuple[Tensor, Tensor]:
+    """The same split in proportion to size, but meeting the budget exactly."""
+    size = torch.cat([windows.n_static, windows.n_dynamic])
+    given = counts.allocate(size.double(), size, tokens)
+    segments = windows.n_static.numel()
+    return given[:segments], given[segments:]
+
+
+class HoliTom(Reducer):
+    """Spatio-temporal merging before the model, token merging inside it.
+
+    tau: cosine above which a patch stands still from one frame to the next.
+    tau_quantile: if set, tau is this quantile of the video's own similarities instead; encoders
+        differ too much in scale for one fixed tau.
+    max_segment_frames: longest window.
+    contextual: share of the dynamic tokens found by clustering instead of saliency (D).
+    neighbours: neighbours that make a point's density (K).
+    merge, beta: how a cluster is averaged; `beta` is the weight of its centre.
+    static_saliency: exponent of saliency in the choice of static cluster centres; 0 ignores it.
+    counts: `exact` meets the budget; `published` rounds per frame and segment as the paper's
+        code does and may miss it.
+    order: `time` = ascending (t, y, x); `published` = static first, then frame by frame.
+    inner: the merge inside the model, or None.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.SALIENCY})
+    source: ClassVar[str] = "arXiv 2505.21334"
+
+    tau: float = Field(default=0.8, ge=-1, le=1)
+    tau_quantile: float | None = Field(default=None, ge=0, le=1)
+    max_segment_frames: int = Field(default=1024, ge=1)
+    contextual: float = Field(default=0.0, ge=0, le=1)
+    neighbours: int = Field(default=7, ge=1)
+    merge: merges.MergeRule = "beta"
+    beta: float = Field(default=0.6, ge=0, le=1)
+    static_saliency: float = Field(default=0.0, ge=0)
+    counts: Literal["exact", "published"] = "exact"
+    order: Literal["time", "published"] = "time"
+    inner: InnerMerge | None = InnerMerge()
+
+    @property
+    def stages(self) -> tuple[Reducer, ...]:
+        return (self,) if self.inner is None else (self, self.inner)
+
+    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
+        if not tokens.is_full:
+            raise ConfigError(
+                f"HoliTom reads whole frames, but got {tokens.n} of {tokens.grid.size} patches; "
+                "let it be the first reducer before the model."
+            )
+        links, segments = self.segments(tokens)
+        saliency = signals[Signal.SALIENCY]
+        if self.counts == "published":
+            windows = Windows.of(links, segments)
+            retain = budget.tokens / tokens.n
+            ratio = corrected_ratio(retain, tokens.n, windows.saved)
+            share = published_counts(ratio, windows)
+        else:
+            windows = split_to_fit(links, segments, budget.tokens)
+            share = exact_counts(budget.tokens, windows)
+        memory.state["segments"] = windows.start.tolist()
+        return self.assemble(tokens.x, tokens.grid, saliency, windows, *share)
+
+    def segments(self, tokens: VisualTokens) -> tuple[NDArray[np.bool_], list[Segment]]:
+        """(links bool [t-1, p], the offline segments) of a whole video."""
+        grid = tokens.grid
+        alike = similarity.adjacent_cosine(tokens.x.view(grid.frames, grid.per_frame, -1))
+        tau = self.tau
+        if self.tau_quantile is not None and alike.numel():
+            tau = float(np.quantile(alike.cpu().numpy(), self.tau_quantile))
+        links = (alike > tau).cpu().numpy()
+        return links, static_windows.segment(links, self.max_segment_frames)[0]
+
+    def assemble(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        saliency: Tensor,
+        windows: Windows,
+        static_count: Tensor,
+        dynamic_count: Tensor,
+    ) -> Plan:
+        """Choose and merge within given counts.
+
+        x: [n, c]; saliency: [n]; static_count: long [s]; dynamic_count: long [t].
+        """
+        device, size = x.device, grid.per_frame
+        windows = windows.to(device)
+        temporal, still = temporal_mean(windows, grid)
+        place = temporal.anchor
+        frame = place // size
+        segments = windows.start.numel()
+
+        by_clusters = (
+            dynamic_count - (dynamic_count.double() * (1 - self.contextual)).round().long()
+        )
+        score = saliency.masked_fill(windows.static[windows.segment].view(-1), -torch.inf)
+        salient = picks.top_mask(score.view(-1, size), (dynamic_count - by_clusters).to(device))
+        alone = ~still & salient.view(-1)[place]
+
+        group = torch.where(still, windows.segment[frame], segments + frame)
+        group_count = torch.cat([static_count, by_clusters]).to(device)
+        member = ~alone & (group_count[group] > 0)
+        lead, weight = self._cluster(x, saliency, temporal, member, group, group_count)
+
+        unit = torch.arange(temporal.k, device=device)
+        lead = torch.where(alone, unit, lead)
+        weight = torch.where(alone, 1.0, weight)
+        kept = (lead == unit).nonzero().squeeze(-1)
+        if self.order == "published":
+            within = torch.where(still, 0, 1 + frame) * 2 + (~alone & ~still)
+            key = (windows.segment[frame] * (2 * grid.frames + 2) + within) * size + place % size
+        else:
+            key = place
+        kept = kept[torch.argsort(key[kept])]
+        slot = torch.full((temporal.k,), -1, device=device)
+        slot[kept] = torch.arange(kept.numel(), device=device)
+        used = (lead >= 0).nonzero().squeeze(-1)
+        density = Plan.merge(kept, slot[lead[used]], used, weight[used], temporal.k)
+        return density @ temporal
+
+    def _cluster(
+        self,
+        x: Tensor,
+        saliency: Tensor,
+        temporal: Plan,
+        member: Tensor,
+        group: Tensor,
+        group_count: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """DPC-KNN within each group of units.
+
+        member: bool [u], units to be clustered; group: long [u]; group_count: long [g], centres.
+        Returns (the centre of each unit, -1 where it is no member; its weight there), both [u].
+        """
+        lead = torch.full((temporal.k,), -1, device=x.device)
+        weight = torch.zeros(temporal.k, device=x.device)
+        units = member.nonzero().squeeze(-1)
+        if units.numel() == 0:
+            return lead, weight
+        groups, row, sizes = torch.unique(group[units], return_inverse=True, return_counts=True)
+        order = torch.argsort(row, stable=True)
+        units, row = units[order], row[order]
+        rank = torch.arange(units.numel(), device=x.device) - (sizes.cumsum(0) - sizes)[row]
+        widest = int(sizes.max())
+        count = group_count[groups]
+
+        chosen = Plan.keep(units, temporal.k) @ temporal
+        padded = scatter_rows(chosen, row * widest + rank, groups.numel() * widest)
+        valid = torch.zeros(groups.numel(), widest, dtype=torch.bool, device=x.device)
+        valid[row, rank] = True
+        distance = similarity.distances(padded.apply(x).view(groups.numel(), widest, -1), sizes)
+        near = count if self.counts == "published" else sizes
+        density = clusters.density_peak_score(distance, near.clamp(max=self.neighbours), valid)
+        if self.static_saliency:
+            boost = padded.apply(saliency[:, None]).view(valid.shape).clamp_min(1e-12)
+            density = torch.where(valid, density * boost**self.static_saliency, density)
+        centre = clusters.peaks(density, count)
+        owner = clusters.assign(distance, centre)
+
+        local_units = torch.full(valid.shape, -1, device=x.device)
+        local_units[row, rank] = units
+        lead[units] = local_units.gather(1, owner)[row, rank]
+        weight[units] = merges.cluster_weights(lead, member, self.merge, self.beta)[units]
+        return lead, weight
+
+
+def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
+    """Average each static patch over its window; dynamic patches pass.
+
+    Returns the plan, rows ascending by anchor (a static patch is anchored in its window's first
+    frame), and bool [rows], which rows are static.
+    """
+    device = windows.start.device
+    token = torch.arange(grid.size, device=device)
+    still = windows.static[windows.segment].view(-1)
+    segment = windows.segment.repeat_interleave(grid.per_frame)
+    first = windows.start[segment] * grid.per_frame + token % grid.per_frame
+    anchor, row = torch.unique(torch.where(still, first, token), return_inverse=True)
+    length = torch.bincount(row)
+    return Plan.merge(anchor, row, token, 1.0 / length[row], grid.size), still[anchor]
+
+
+def scatter_rows(plan: Plan, slot: Tensor, slots: int) -> Plan:
+    """The same rows at other places among `slots` rows; the places between are zero."""
+    row, col, weight = plan.entries()
+    anchor = torch.zeros(slots, dtype=torch.long, device=slot.device)
+    return Plan.merge(anchor, slot[row], col, weight, plan.n)
