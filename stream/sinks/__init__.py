@@ -1,0 +1,1 @@
+"""Where pictures and records of a run go."""
