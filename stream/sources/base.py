@@ -1,0 +1,232 @@
+"""What a source of frames is, and how a path becomes one.
+
+A source is read from the start each time `read` is called; reading twice gives the same frames.
+It never raises because part of its input is damaged: what could not be had is in its report.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
+
+from stream.errors import SourceError
+
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from stream.data import Frame
+
+MAX_PIXELS = 8192 * 8192
+"""The most pixels one frame may have; a header that states more is refused before decoding."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+Decoder = Literal["pyav", "decord"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """What is known of a source before its frames are read.
+
+    width, height: pixels of the upright picture. duration_s, frames_estimate, average_fps: as the
+    header states them, None where it states nothing. rotation_deg: how far the stored pictures
+    are turned clockwise to stand upright: 0, 90, 180 or 270.
+    """
+
+    name: str
+    width: int
+    height: int
+    duration_s: float | None
+    frames_estimate: int | None
+    average_fps: float | None
+    codec: str
+    rotation_deg: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeReport:
+    """What one reading gave and what it could not.
+
+    frames_decoded: pictures decoded, wanted or not. frames_given: pictures handed on.
+    packets_failed: packets (for images: files) that could not be decoded. errors: the first few
+    distinct reasons. truncated: why the input counts as cut short, None if it does not.
+    notes: what else a person should know; notes alone do not make a reading partial.
+    """
+
+    frames_decoded: int = 0
+    frames_given: int = 0
+    packets_failed: int = 0
+    errors: tuple[str, ...] = ()
+    truncated: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return self.packets_failed == 0 and self.truncated is None
+
+    @property
+    def said(self) -> str:
+        """Everything beside the counts, in one line; empty for a clean reading."""
+        parts = list(self.notes)
+        if self.packets_failed:
+            parts.append(f"{self.packets_failed} packets failed ({'; '.join(self.errors)})")
+        if self.truncated:
+            parts.append(self.truncated)
+        return "; ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"errors": list(self.errors), "notes": list(self.notes)}
+
+
+class Tally:
+    """The mutable counts behind a `DecodeReport`."""
+
+    MAX_ERRORS = 5
+
+    def __init__(self) -> None:
+        self.frames_decoded = 0
+        self.frames_given = 0
+        self.packets_failed = 0
+        self.errors: list[str] = []
+        self.truncated: str | None = None
+        self.notes: list[str] = []
+
+    def fail(self, reason: str) -> None:
+        self.packets_failed += 1
+        if reason not in self.errors and len(self.errors) < self.MAX_ERRORS:
+            self.errors.append(reason)
+
+    def report(self) -> DecodeReport:
+        return DecodeReport(
+            self.frames_decoded,
+            self.frames_given,
+            self.packets_failed,
+            tuple(self.errors),
+            self.truncated,
+            tuple(self.notes),
+        )
+
+
+class Source(Protocol):
+    """A finite source of frames. Use it in a `with` block, or call `close` when done."""
+
+    @property
+    def info(self) -> SourceInfo: ...
+
+    @property
+    def report(self) -> DecodeReport:
+        """Of the latest `read`, up to where it has come."""
+        ...
+
+    def read(self, sampling: Sampling, start: int = 0) -> Iterator[Frame]:
+        """The sampled frames in order of time, from the `start`-th on.
+
+        `read(sampling, k)` gives what `list(read(sampling))[k:]` gives.
+        Raises SourceError when not one frame can be had.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def open_source(path: str | os.PathLike[str], decoder: Decoder = "pyav") -> Source:
+    """Open a folder of images, an image, a video file or a pipe that carries a video.
+
+    Raises SourceError when nothing can be read there; the text says what to do.
+    """
+    if decoder not in get_args(Decoder):
+        raise SourceError(
+            f"There is no decoder {decoder!r}; there are {', '.join(get_args(Decoder))}."
+        )
+    name = os.fspath(path)
+    if "://" in name:
+        # Live sources (rtsp, http, cameras) branch off here.
+        raise SourceError(
+            f"{without_credentials(name)} is an address; a video file, an image or a folder of "
+            "images can be opened. Save the video to a file and give its path."
+        )
+    kind = _kind(name)
+    if kind == "folder":
+        from .images import ImageFolder
+
+        return ImageFolder(Path(name))
+    if kind == "file" and name.lower().endswith(IMAGE_SUFFIXES):
+        from .images import ImageFolder
+
+        return ImageFolder.single(Path(name))
+    if decoder == "decord":
+        if kind == "pipe":
+            raise SourceError(
+                f"{name} is a pipe, which decord cannot read; use the decoder pyav for it."
+            )
+        from .decord_file import DecordFile
+
+        return DecordFile(Path(name))
+    if kind == "pipe":
+        from .pipe import VideoPipe
+
+        return VideoPipe(Path(name))
+    from .video_file import VideoFile
+
+    return VideoFile(Path(name))
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the user and password of every address in it, and its query, left out."""
+    text = re.sub(r"(\w+://)[^/\s]*@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def _kind(name: str) -> Literal["file", "folder", "pipe"]:
+    """What lies at `name`; SourceError if it is nothing that can be opened and read."""
+    shown = name or "''"
+    try:
+        mode = os.stat(name).st_mode
+        readable = os.access(name, os.R_OK)
+    except FileNotFoundError:
+        raise SourceError(
+            f"{shown} does not exist; give the path of a video file, an image or a folder of "
+            f"images. Relative paths start at {os.getcwd()}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{shown} cannot be looked up: {reason_of(error)}. Check the path and its permissions."
+        ) from None
+    if not readable:
+        raise SourceError(
+            f"{shown} may not be read by this user; ask for read permission (chmod u+r)."
+        )
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISREG(mode):
+        if os.stat(name).st_size == 0:
+            raise SourceError(f"{shown} is empty (0 bytes); a video or image has content. Get it again.")
+        return "file"
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    raise SourceError(
+        f"{shown} is a device or socket; a video file, an image, a folder of images or a named "
+        "pipe can be opened. Record it to a file first."
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's error in one short phrase, without the path it repeats."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(without_credentials(str(text)).split())[:200]

@@ -1,0 +1,82 @@
+"""From a decoder's picture to an upright RGB array: colour matrix, range, bit depth, orientation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.errors import SourceError
+
+from .base import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+Picture = NDArray[np.uint8]
+Turns = Literal[0, 1, 2, 3]
+
+# Numbers of FFmpeg's AVColorSpace, AVColorRange and swscale that PyAV passes through.
+_KNOWN_MATRICES = (1, 4, 5, 6, 7, 9, 10)
+_BT601, _BT601_ALIAS = 5, 6
+_LIMITED, _FULL = 1, 2
+_POINT, _FULL_CHROMA, _EXACT_ROUNDING = 0x10, 0x2000, 0x40000
+
+
+def to_rgb(frame: VideoFrame) -> Picture:
+    """uint8 [height, width, 3], upright and contiguous.
+
+    The colour matrix and range are those the frame states; BT.601 and limited range where it
+    states none, as FFmpeg, decord and OpenCV have it. Each chroma sample covers its own pixels.
+    High dynamic range is not tone-mapped, and pixels that are not square stay as stored.
+    """
+    matrix = frame.colorspace if frame.colorspace in _KNOWN_MATRICES else _BT601
+    rgb = frame.to_ndarray(
+        format="rgb24",
+        # swscale takes up the matrix and range only if source and target differ.
+        src_colorspace=_BT601_ALIAS if matrix == _BT601 else matrix,
+        dst_colorspace=_BT601,
+        src_color_range=_FULL if _is_full_range(frame) else _LIMITED,
+        dst_color_range=_FULL,
+        interpolation=_POINT | _FULL_CHROMA | _EXACT_ROUNDING,
+    )
+    turns, mirrored = orientation(frame)
+    if mirrored:
+        rgb = rgb[:, ::-1]
+    return np.ascontiguousarray(np.rot90(rgb, -turns), np.uint8)
+
+
+def orientation(frame: VideoFrame) -> tuple[Turns, bool]:
+    """Quarter turns clockwise that stand the picture upright, and whether it is mirrored first.
+
+    Read from the display matrix; an angle in between is rounded to the nearest quarter.
+    """
+    import av.sidedata.sidedata
+
+    data = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if data is None:
+        return 0, False
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32, count=5).astype(np.float64)
+    mirrored = bool(a * d - b * c < 0)
+    if mirrored:
+        a, b = -a, -b
+    turns: tuple[Turns, ...] = (0, 1, 2, 3)
+    return turns[round(float(np.degrees(np.arctan2(b, a))) / 90) % 4], mirrored
+
+
+def refuse_oversize(name: str, width: int, height: int) -> None:
+    """Raise SourceError for a picture of more than `MAX_PIXELS` pixels."""
+    if width * height > MAX_PIXELS:
+        side = int(MAX_PIXELS**0.5)
+        raise SourceError(
+            f"{name} has pictures of {width}x{height} pixels; at most {MAX_PIXELS:,} "
+            f"({side}x{side}) are allowed. Scale it down first."
+        )
+
+
+def _is_full_range(frame: VideoFrame) -> bool:
+    if frame.color_range in (_LIMITED, _FULL):
+        return bool(frame.color_range == _FULL)
+    name = frame.format.name
+    return frame.format.is_rgb or name.startswith(("yuvj", "gray", "pal", "mono", "ya"))

@@ -1,0 +1,186 @@
+"""Video files, through PyAV.
+
+A file is read twice: once for the times of its packets (no decoding), so that sampling is exact,
+and once to decode. The decoding is first tried fast (threads across frames, jumps over keyframe
+intervals without a wanted frame); at the first sign of damage the file is decoded again from its
+start on one path that gives all that can be had. Frames already given are not given again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from stream.data import Frame
+from stream.errors import SourceError
+
+from .base import DecodeReport, SourceInfo, Tally
+from .demux import Damaged, Timeline, describe, open_container, pictures, scan, video_stream
+from .pictures import to_rgb
+from .sampling import Indices, Sampling, Uniform
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+_JUMP_FRAMES = 64
+"""A seek costs about this many decoded frames: it empties the decoder's threads."""
+
+_SEEKS_WELL = ("mov", "matroska")
+
+
+class VideoFile:
+    """A video file on a disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tally = Tally()
+        self._readings: weakref.WeakSet[Generator[Frame]] = weakref.WeakSet()
+        self._info = probe(path)
+
+    @property
+    def info(self) -> SourceInfo:
+        return self._info
+
+    @property
+    def report(self) -> DecodeReport:
+        return self._tally.report()
+
+    def read(self, sampling: Sampling, start: int = 0) -> Iterator[Frame]:
+        """See `Source.read`. Frame.index is the frame's place in the file's presentation order."""
+        self._tally = Tally()
+        reading = self._read(sampling, check_start(start), self._tally)
+        self._readings.add(reading)
+        return reading
+
+    def close(self) -> None:
+        """End all readings and release their files."""
+        for reading in list(self._readings):
+            reading.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self, sampling: Sampling, start: int, tally: Tally) -> Generator[Frame]:
+        name = str(self._path)
+        with open_container(name, name) as container:
+            timeline = scan(container, video_stream(container, name, "SLICE"), tally)
+        if timeline.short_by_s:
+            tally.truncated = (
+                f"cut short: the header states {timeline.short_by_s:.1f} s more than there is"
+            )
+        wanted = sampling.pick(timeline.pts_s)
+        if isinstance(sampling, Uniform) and len(wanted) < sampling.frames:
+            tally.notes.append(f"{sampling.frames} frames asked for, the file has {len(wanted)}")
+        given = start
+        try:
+            for frame in self._decode_fast(timeline, wanted[start:], tally):
+                given += 1
+                tally.frames_given += 1
+                yield frame
+            return
+        except Damaged:
+            tally.frames_decoded = 0
+        for frame in self._decode_all(timeline, wanted, given, tally):
+            tally.frames_given += 1
+            yield frame
+        if tally.frames_decoded == 0:
+            raise SourceError(
+                f"{name} has {len(timeline)} video packets and not one can be decoded"
+                f" ({'; '.join(tally.errors) or 'no reason given'}); get the file again."
+            )
+        missing = len(wanted) - max(start, start + tally.frames_given)
+        if missing > 0:
+            tally.notes.append(f"{missing} wanted frames could not be had")
+
+    def _decode_fast(self, timeline: Timeline, wanted: Indices, tally: Tally) -> Iterator[Frame]:
+        """Exactly the wanted frames, or Damaged."""
+        if len(timeline) == 0:
+            raise Damaged
+        name = str(self._path)
+        quiet = Tally()
+        with open_container(name, name) as container:
+            stream = video_stream(container, name, "AUTO")
+            jumps = timeline.stated_pts and container.format.name.startswith(_SEEKS_WELL)
+            frames = pictures(container, stream, quiet, strict=True)
+            following = 0
+            for target in wanted.tolist():
+                if jumps:
+                    before = int(timeline.keyframes.searchsorted(target, side="right")) - 1
+                    key = int(timeline.keyframes[before]) if before >= 0 else 0
+                    if key - following >= _JUMP_FRAMES:
+                        container.seek(int(timeline.pts[key]), stream=stream)
+                        frames = pictures(container, stream, quiet, strict=True)
+                for frame in frames:
+                    index = timeline.index_of(frame, following)
+                    following = index + 1
+                    tally.frames_decoded = quiet.frames_decoded
+                    if index >= target:
+                        break
+                else:
+                    raise Damaged
+                if index != target:
+                    raise Damaged
+                yield Frame(to_rgb(frame), float(timeline.pts_s[index]), index)
+
+    def _decode_all(
+        self, timeline: Timeline, wanted: Indices, skip: int, tally: Tally
+    ) -> Iterator[Frame]:
+        """The wanted frames as far as they can be had, less the first `skip` of them."""
+        name = str(self._path)
+        with open_container(name, name) as container:
+            stream = video_stream(container, name, "SLICE")
+            frames = pictures(container, stream, tally)
+            indexed = ((timeline.index_of(frame, n), frame) for n, frame in enumerate(frames))
+            for ordinal, (index, frame) in enumerate(nearest_had(indexed, wanted)):
+                if ordinal >= skip:
+                    yield Frame(to_rgb(frame), float(timeline.pts_s[index]), index)
+
+
+def probe(path: Path) -> SourceInfo:
+    """Read the header and the first picture. Raises SourceError if it is not a video."""
+    name = str(path)
+    with open_container(name, name) as container:
+        stream = video_stream(container, name, "SLICE")
+        first = next(pictures(container, stream, Tally()), None)
+        return describe(container, stream, first, name)
+
+
+def nearest_had(
+    frames: Iterator[tuple[int, VideoFrame]], wanted: Indices
+) -> Iterator[tuple[int, VideoFrame]]:
+    """For each wanted index, that frame; where it is missing, the one decoded before it, or,
+    if that one was given already, the one after it. Both sides ascend; each frame goes out once.
+    """
+    targets = iter(wanted.tolist())
+    target = next(targets, None)
+    held: tuple[int, VideoFrame] | None = None
+    for index, frame in frames:
+        if target is None:
+            continue
+        while held is not None and target is not None and target < index:
+            yield held
+            held, target = None, next(targets, None)
+        if target is not None and target <= index:
+            yield index, frame
+            held, target = None, next(targets, None)
+        else:
+            held = index, frame
+    if held is not None and target is not None:
+        yield held
+
+
+def check_start(start: int) -> int:
+    if start < 0:
+        raise SourceError(f"start is {start}; it counts frames to leave out, so it is 0 or more.")
+    return start
