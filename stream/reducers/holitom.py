@@ -53,7 +53,9 @@ class Windows:
         static = (broken[last] == broken[first]) & (last > first)[:, None]
         saved = int((static.sum(1) * (last - first)).sum())
         segment = np.repeat(np.arange(len(segments)), last - first + 1)
-        return cls(*map(torch.from_numpy, (segment, first, static)), saved)
+        return cls(
+            torch.from_numpy(segment), torch.from_numpy(first), torch.from_numpy(static), saved
+        )
 
     def to(self, device: torch.device) -> Windows:
         segment, start, static = (t.to(device) for t in (self.segment, self.start, self.static))

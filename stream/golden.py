@@ -1,0 +1,373 @@
+"""Compare our operators with stored outputs of a method's reference implementation.
+
+A golden file is an .npz whose arrays hold inputs and expected outputs of numbered cases. Which
+cases a file holds is read from its array names, so any folder of the format works.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .data import PatchGrid, Segment
+from .errors import SourceError
+from .ops import clusters, grids, merges, picks, similarity
+from .plan import Plan
+from .reducers import inner_merge
+from .reducers.holitom import (
+    HoliTom,
+    Windows,
+    corrected_ratio,
+    published_counts,
+    temporal_mean,
+)
+from .segmenters import static_windows
+
+Arrays = Mapping[str, NDArray[Any]]
+Verdict = Literal["passed", "failed", "skipped"]
+
+RATIO_ATOL = 1e-12
+VALUE_TOL = {"rtol": 1e-5, "atol": 1e-5}
+SKETCH_ATOL = 1e-3
+NOISE_SCALE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One golden case: passed, failed with the reason, or skipped because the reference itself
+    is unstable there (counts are still compared)."""
+
+    name: str
+    verdict: Verdict
+    why: str = ""
+
+
+def check_folder(folder: Path) -> dict[str, list[Case]]:
+    """Check every golden file of a folder: file name -> its cases.
+
+    Raises SourceError if the folder is missing or holds no file of a known format.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"'{folder}' is not a folder; give one that holds golden .npz files.")
+    results = {path.name: _check_file(path) for path in sorted(folder.glob("*.npz"))}
+    known = {name: cases for name, cases in results.items() if cases is not None}
+    if not known:
+        raise SourceError(
+            f"'{folder}' holds no golden file; .npz files with cases of "
+            f"{', '.join(_CHECKS)} or whole pipelines are needed."
+        )
+    return known
+
+
+def _check_file(path: Path) -> list[Case] | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        return [Case("file", "failed", f"cannot be read: {error}")]
+    if "combo_ratio" in arrays:
+        return list(_pipeline_cases(arrays))
+    cases: list[Case] = []
+    for kind, check in _CHECKS.items():
+        pattern = re.compile(rf"({kind}\d+)_(.+)")
+        matches = [m for m in map(pattern.fullmatch, arrays) if m]
+        for name in sorted({m[1] for m in matches}):
+            fields = {m[2]: arrays[m[0]] for m in matches if m[1] == name}
+            cases.append(_judge(name, fields, check))
+    return cases or None
+
+
+def _judge(name: str, fields: Arrays, check: Callable[[Arrays], str]) -> Case:
+    try:
+        why = check(fields)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        return Case(name, "failed", f"does not fit the format: {type(error).__name__}: {error}")
+    if int(fields.get("stable", np.array(1))) == 0:
+        return Case(name, "failed", why) if why.startswith("count") else Case(name, "skipped")
+    return Case(name, "failed" if why else "passed", why)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """A torch copy; stored int16 positions become long."""
+    tensor = torch.from_numpy(np.array(array))
+    return tensor if tensor.is_floating_point() else tensor.long()
+
+
+def _differs(
+    what: str, ours: Tensor, golden: NDArray[Any], rtol: float = 0.0, atol: float = 0.0
+) -> str:
+    """'' where equal, else the reason; a reason that begins with 'count' is a wrong shape."""
+    expected = _tensor(golden)
+    if ours.shape != expected.shape:
+        return f"count of {what}: {tuple(ours.shape)}, expected {tuple(expected.shape)}"
+    ours, expected = ours.double(), expected.double()
+    if torch.allclose(ours, expected, rtol=rtol, atol=atol):
+        return ""
+    return f"{what} differ by up to {float((ours - expected).abs().max()):.2e}"
+
+
+def _check_dpc(case: Arrays) -> str:
+    x, noise = _tensor(case["x"]), _tensor(case["noise"])
+    count, near = (int(v) for v in case["params"])
+    neighbours = torch.full((x.shape[0],), near)
+    distance = similarity.distances(x)
+    score = clusters.density_peak_score(distance, neighbours, noise=noise * NOISE_SCALE)
+    centres = torch.sort(score, descending=True, stable=True).indices[:, :count]
+    return _differs("centres", centres, case["centers"])
+
+
+def _check_windows(case: Arrays) -> str:
+    _, tau, longest = case["params"]
+    links = (_tensor(case["sim"]) > float(tau)).numpy()
+    segments, saved = static_windows.segment(links, int(longest))
+    if saved != float(case["total_reduced"]):
+        return f"saved {saved}, expected {float(case['total_reduced'])}"
+    return _differs("segments", _inclusive(segments), case["segments"])
+
+
+def _inclusive(segments: list[Segment]) -> Tensor:
+    return torch.tensor([[s.start, s.stop - 1] for s in segments])
+
+
+def _check_assignment(case: Arrays) -> str:
+    x, centre_index = _tensor(case["x"]), _tensor(case["targets"])
+    n = x.shape[1]
+    centre = torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, centre_index, True)
+    owner = clusters.assign(_tensor(case["dist"]), centre)
+    member = torch.ones(n, dtype=torch.bool)
+    rules: tuple[merges.MergeRule, ...] = ("beta", "mean")
+    for rule in rules:
+        rows = []
+        for item, lead, target in zip(x, owner, centre_index, strict=True):
+            weight = merges.cluster_weights(lead, member, rule, 0.6)
+            slot = torch.empty(n, dtype=torch.long)
+            slot[target] = torch.arange(target.numel())
+            rows.append(Plan.merge(target, slot[lead], torch.arange(n), weight, n).apply(item))
+        why = _differs(f"{rule} merge", torch.stack(rows), case[f"out_{rule}"], **VALUE_TOL)
+        if why:
+            return why
+    return ""
+
+
+def _check_dynamic(case: Arrays) -> str:
+    ratio, contextual, beta, near = (float(v) for v in case["params"])
+    x = _tensor(case["x"])
+    frames, patches, _ = x.shape
+    if patches == 0:
+        return _differs("positions", torch.empty(frames, 0), case["out_pos"])
+    windows = Windows.of(
+        np.zeros((frames - 1, patches), bool), [Segment(t, t + 1) for t in range(frames)]
+    )
+    return _check_merges(case, x, windows, ratio, contextual, beta, near, _tensor(case["attn"]))
+
+
+def _check_static(case: Arrays) -> str:
+    ratio, beta, near = (float(v) for v in case["params"])
+    x = _tensor(case["x"])
+    twice = x.expand(2, -1, -1)
+    windows = Windows.of(np.ones((1, x.shape[1]), bool), [Segment(0, 2)])
+    return _check_merges(case, twice, windows, ratio, 0.0, beta, near, torch.zeros(twice.shape[:2]))
+
+
+def _check_merges(
+    case: Arrays,
+    x: Tensor,
+    windows: Windows,
+    ratio: float,
+    contextual: float,
+    beta: float,
+    near: float,
+    saliency: Tensor,
+) -> str:
+    frames, patches, width = x.shape
+    grid = PatchGrid(frames, 1, patches)
+    flat = x.reshape(-1, width)
+    rules: tuple[merges.MergeRule, ...] = ("beta", "mean")
+    for rule in rules:
+        method = HoliTom(
+            merge=rule,
+            beta=beta,
+            contextual=contextual,
+            neighbours=int(near),
+            counts="published",
+            order="published",
+        )
+        counts = published_counts(ratio, windows)
+        plan = method.assemble(flat, grid, saliency.reshape(-1), windows, *counts)
+        shape = case["out_pos"].shape
+        position = _tensor(case["pos"]).reshape(-1)[plan.anchor]
+        if position.numel() != case["out_pos"].size:
+            return f"count of tokens: {position.numel()}, expected {case['out_pos'].size}"
+        why = _differs("positions", position.view(shape), case["out_pos"])
+        rows = plan.apply(flat).view(*shape, width)
+        why = why or _differs(f"{rule} merge", rows, case[f"out_{rule}"], **VALUE_TOL)
+        if why:
+            return why
+    return ""
+
+
+def _check_split(case: Arrays) -> str:
+    x = _tensor(case["x"])
+    frames, patches, width = x.shape
+    segments = [Segment(int(a), int(b) + 1) for a, b in case["segments"]]
+    links = (_tensor(case["sim"]) > float(case["tau"])).numpy()
+    windows = Windows.of(links, segments)
+    mean, still = temporal_mean(windows, PatchGrid(frames, 1, patches))
+    dynamic = (~windows.static).nonzero()[:, 1]
+    rows = mean.apply(x.reshape(-1, width))[still]
+    return (
+        _differs("static counts", windows.n_static, case["n_static"])
+        or _differs("dynamic counts", patches - windows.n_static, case["n_dynamic"])
+        or _differs("static positions", mean.anchor[still] % patches, case["static_pos"])
+        or _differs("dynamic positions", dynamic, case["dynamic_pos"])
+        or _differs("static means", rows, case["static_feat"], **VALUE_TOL)
+    )
+
+
+def _check_newlines(case: Arrays) -> str:
+    x, position = _tensor(case["x"]), _tensor(case["pos"])
+    side = int(case["grid"])
+    frames = x.shape[0]
+    grid = PatchGrid(frames, int(position.max()) // side + 1, side)
+    anchor = (torch.arange(frames)[:, None] * grid.per_frame + position).view(-1)
+    slots = grids.newline_slots(anchor, grid, "grid")
+    out = grids.insert_rows(x.reshape(-1, x.shape[-1]), slots, _tensor(case["token"]).view(-1))
+    return _differs("sequence", out, case["out"], **VALUE_TOL)
+
+
+def _check_inner(case: Arrays) -> str:
+    start, length, drop = case["params"]
+    first, last = int(start), int(start) + int(length)
+    hidden = _tensor(case["hidden"])
+    score = _tensor(case["attn_last_heads"]).mean(0)[first:last]
+    kept = picks.top(score, round((last - first) * (1 - float(drop))))
+    absolute = torch.cat([torch.arange(first), kept + first, torch.arange(last, hidden.shape[1])])
+    merged = [
+        torch.cat(
+            [
+                item[:first],
+                inner_merge.fold(item[first:last], kept).apply(item[first:last]),
+                item[last:],
+            ]
+        )
+        for item in hidden
+    ]
+    return _differs("kept positions", absolute, case["kept_pos"]) or _differs(
+        "states", torch.stack(merged), case["out"], **VALUE_TOL
+    )
+
+
+_CHECKS: dict[str, Callable[[Arrays], str]] = {
+    "dpc": _check_dpc,
+    "win": _check_windows,
+    "clus": _check_assignment,
+    "attd": _check_dynamic,
+    "dens": _check_static,
+    "split": _check_split,
+    "nl": _check_newlines,
+    "m": _check_inner,
+}
+
+
+def _pipeline_cases(arrays: Arrays) -> Iterator[Case]:
+    x = _tensor(arrays["features"])
+    alike = similarity.adjacent_cosine(x)
+    for j in range(len(arrays["combo_ratio"])):
+        name = f"c{j:03d}"
+        combo = {key: arrays[key][j] for key in arrays if key.startswith("combo_")}
+        scalars = {key: arrays[key][j] for key in ("total_reduced", "corrected_ratio", "seq_len")}
+        case = {k[len(name) + 1 :]: arrays[k] for k in arrays if k.startswith(name + "_")}
+        yield _check_pipeline(name, x, alike, arrays, combo, scalars, case)
+
+
+def _check_pipeline(
+    name: str,
+    x: Tensor,
+    alike: Tensor,
+    arrays: Arrays,
+    combo: Mapping[str, Any],
+    scalars: Mapping[str, Any],
+    case: Arrays,
+) -> Case:
+    frames, patches, width = x.shape
+    flat, saliency = x.reshape(-1, width), _tensor(arrays["attn"]).reshape(-1)
+    links = (alike > float(combo["combo_tau"])).numpy()
+    segments, saved = static_windows.segment(links)
+    windows = Windows.of(links, segments)
+    ratio = corrected_ratio(float(combo["combo_ratio"]), frames * patches, saved)
+    static_count, dynamic_count = published_counts(ratio, windows)
+    why = (
+        _differs("segments", _inclusive(segments), case["segments"])
+        or ("" if saved == scalars["total_reduced"] else f"saved tokens {saved}")
+        or ("" if abs(ratio - scalars["corrected_ratio"]) <= RATIO_ATOL else f"ratio {ratio}")
+        or _differs("static patches", windows.n_static, case["n_static_patches"])
+        or _differs("static tokens", static_count, case["n_static_tokens"])
+        or _differs("dynamic tokens", dynamic_count[windows.start], case["n_dynamic_tokens"])
+    )
+    if why:
+        return Case(name, "failed", why)
+
+    method = HoliTom(
+        contextual=float(combo["combo_D"]),
+        merge="mean" if combo["combo_plain_mean"] else "beta",
+        counts="published",
+        order="published",
+    )
+    grid = PatchGrid(frames, 1, patches)
+    plan = method.assemble(flat, grid, saliency, windows, static_count, dynamic_count)
+    dynamic_count_of = torch.bincount(windows.segment, weights=dynamic_count.double()).long()
+    why = _positions_differ(plan, patches, static_count, dynamic_count_of, case)
+    if why:
+        return Case(name, "failed", why)
+    if not all(bool((case[flag] == 1).all()) for flag in ("sta_stable", "dyn_stable")):
+        return Case(name, "skipped")
+    sequence = _sequence(plan, flat, patches, bool(combo["combo_grid"]), arrays["newline"])
+    if sequence.shape[0] != int(scalars["seq_len"]):
+        return Case(name, "failed", f"{sequence.shape[0]} rows, expected {scalars['seq_len']}")
+    sketch = sequence.double() @ _tensor(arrays["proj"]).double()
+    why = _differs("sketch", sketch, case["sketch"], atol=SKETCH_ATOL)
+    if not why and "sequence" in case:
+        why = _differs("sequence", sequence, case["sequence"], **VALUE_TOL)
+    return Case(name, "failed" if why else "passed", why)
+
+
+def _positions_differ(
+    plan: Plan, patches: int, static_count: Tensor, dynamic_count: Tensor, case: Arrays
+) -> str:
+    """Compare kept positions segment by segment where the reference is stable."""
+    sizes = torch.stack([static_count, dynamic_count], 1).view(-1)
+    if int(sizes.sum()) != plan.k:
+        return f"count of tokens: {plan.k}, expected {int(sizes.sum())}"
+    ours = _runs(plan.anchor % patches, sizes)
+    for part, (what, flag) in enumerate((("static", "sta_stable"), ("dynamic", "dyn_stable"))):
+        counts = (static_count, dynamic_count)[part]
+        golden = _runs(_tensor(case[f"{what}_pos"]), counts)
+        for s, (mine, expected) in enumerate(zip(ours[part::2], golden, strict=True)):
+            if case[flag][s] and not torch.equal(mine, expected):
+                return f"{what} positions of segment {s} differ"
+    return ""
+
+
+def _runs(x: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+    return x.tensor_split(sizes.cumsum(0)[:-1])
+
+
+def _sequence(
+    plan: Plan, x: Tensor, patches: int, grid_layout: bool, newline: NDArray[Any]
+) -> Tensor:
+    """The reduced sequence with its newlines, as the reference lays it out."""
+    side = int(patches**0.5)
+    grid = PatchGrid(x.shape[0] // patches, patches // side, side)
+    if grid_layout:
+        plan = plan.ascending()
+    slots = grids.newline_slots(plan.anchor, grid, "grid" if grid_layout else "one_token")
+    return grids.insert_rows(plan.apply(x), slots, _tensor(newline))
