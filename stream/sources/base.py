@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 8192 * 8192
 """The most pixels one frame may have; a header that states more is refused before decoding."""
 
+PIPE_TIMEOUT_S = 30.0
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 Decoder = Literal["pyav", "decord"]
@@ -54,9 +56,9 @@ class DecodeReport:
     """What one reading gave and what it could not.
 
     frames_decoded: pictures decoded, wanted or not. frames_given: pictures handed on.
-    packets_failed: packets (for images: files) that could not be decoded. errors: the first few
-    distinct reasons. truncated: why the input counts as cut short, None if it does not.
-    notes: what else a person should know; notes alone do not make a reading partial.
+    packets_failed: packets (`unit` says when it is something else) that could not be decoded.
+    errors: the first few distinct reasons. truncated: why the input counts as cut short, None if
+    it does not. notes: what else a person should know; notes alone do not make a reading partial.
     """
 
     frames_decoded: int = 0
@@ -65,6 +67,7 @@ class DecodeReport:
     errors: tuple[str, ...] = ()
     truncated: str | None = None
     notes: tuple[str, ...] = ()
+    unit: str = "packets"
 
     @property
     def complete(self) -> bool:
@@ -75,7 +78,7 @@ class DecodeReport:
         """Everything beside the counts, in one line; empty for a clean reading."""
         parts = list(self.notes)
         if self.packets_failed:
-            parts.append(f"{self.packets_failed} packets failed ({'; '.join(self.errors)})")
+            parts.append(f"{self.packets_failed} {self.unit} failed ({'; '.join(self.errors)})")
         if self.truncated:
             parts.append(self.truncated)
         return "; ".join(parts)
@@ -90,13 +93,16 @@ class Tally:
 
     MAX_ERRORS = 5
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "packets") -> None:
+        self.unit = unit
         self.frames_decoded = 0
         self.frames_given = 0
         self.packets_failed = 0
         self.errors: list[str] = []
         self.truncated: str | None = None
         self.notes: list[str] = []
+        self.end_s = 0.0
+        """Where the last packet of any stream ends."""
 
     def fail(self, reason: str) -> None:
         self.packets_failed += 1
@@ -111,6 +117,7 @@ class Tally:
             tuple(self.errors),
             self.truncated,
             tuple(self.notes),
+            self.unit,
         )
 
 
@@ -145,9 +152,15 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(path: str | os.PathLike[str], decoder: Decoder = "pyav") -> Source:
-    """Open a folder of images, an image, a video file or a pipe that carries a video.
+def open_source(
+    path: str | os.PathLike[str],
+    decoder: Decoder = "pyav",
+    *,
+    timeout_s: float = PIPE_TIMEOUT_S,
+) -> Source:
+    """Open a folder of images, an image, a video file or a named pipe that carries a video.
 
+    timeout_s: how long a pipe may give no data before it counts as ended.
     Raises SourceError when nothing can be read there; the text says what to do.
     """
     if decoder not in get_args(Decoder):
@@ -181,7 +194,7 @@ def open_source(path: str | os.PathLike[str], decoder: Decoder = "pyav") -> Sour
     if kind == "pipe":
         from .pipe import VideoPipe
 
-        return VideoPipe(Path(name))
+        return VideoPipe(Path(name), timeout_s)
     from .video_file import VideoFile
 
     return VideoFile(Path(name))
@@ -191,6 +204,23 @@ def without_credentials(text: str) -> str:
     """`text` with the user and password of every address in it, and its query, left out."""
     text = re.sub(r"(\w+://)[^/\s]*@", r"\1", text)
     return re.sub(r"(\w+://[^\s?#]*)[?#]\S*", r"\1", text)
+
+
+def refuse_oversize(name: str, width: int, height: int) -> None:
+    """Raise SourceError for a picture of more than `MAX_PIXELS` pixels."""
+    if width * height > MAX_PIXELS:
+        side = int(MAX_PIXELS**0.5)
+        raise SourceError(
+            f"{name} has pictures of {width}x{height} pixels; at most {MAX_PIXELS:,} "
+            f"({side}x{side}) are allowed. Scale it down first."
+        )
+
+
+def check_start(start: int) -> int:
+    """`start` itself, or SourceError if it is negative."""
+    if start < 0:
+        raise SourceError(f"start is {start}; it counts frames to leave out, so it is 0 or more.")
+    return start
 
 
 def _kind(name: str) -> Literal["file", "folder", "pipe"]:
@@ -216,7 +246,9 @@ def _kind(name: str) -> Literal["file", "folder", "pipe"]:
         return "folder"
     if stat.S_ISREG(mode):
         if os.stat(name).st_size == 0:
-            raise SourceError(f"{shown} is empty (0 bytes); a video or image has content. Get it again.")
+            raise SourceError(
+                f"{shown} is empty (0 bytes); a video or an image is needed. Get it again."
+            )
         return "file"
     if stat.S_ISFIFO(mode):
         return "pipe"

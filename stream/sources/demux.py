@@ -15,8 +15,8 @@ from av.stream import Disposition
 
 from stream.errors import SourceError
 
-from .base import MAX_PIXELS, SourceInfo, Tally, reason_of
-from .pictures import orientation, refuse_oversize
+from .base import MAX_PIXELS, SourceInfo, Tally, reason_of, refuse_oversize
+from .pictures import orientation
 from .sampling import Times
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def open_container(file: Any, name: str) -> InputContainer:
         container = av.open(file, metadata_errors="replace")
     except (av.FFmpegError, ValueError, UnicodeError) as error:
         raise SourceError(
-            f"{name} is not a video that can be opened: {reason_of(error)}. It must be a whole "
-            "video file (mp4, mkv, webm, avi, mov, ts ...); an mp4 cut short lacks its index and "
-            "cannot be read: get it again, or write mkv where a recording may break off."
+            f"{name} {_unreadable(file)} ({reason_of(error)}). A whole video file is needed: "
+            "mp4, mov, mkv, webm, avi, ts and their like. Get it again."
         ) from None
     if container.format.name in _NOT_PICTURES:
         what = container.format.name
@@ -82,6 +81,9 @@ def packets(container: InputContainer, tally: Tally) -> Iterator[Packet]:
         try:
             for packet in container.demux():
                 in_a_row = 0
+                if packet.pts is not None:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    tally.end_s = max(tally.end_s, float(end))
                 yield packet
             return
         except av.FFmpegError as error:
@@ -101,7 +103,7 @@ def pictures(
     for packet in packets(container, tally):
         if strict and tally.packets_failed:
             raise Damaged
-        if packet.stream_index != stream.index or (packet.size == 0 and packet.dts is not None):
+        if packet.stream is not stream or (packet.size == 0 and packet.dts is not None):
             continue
         try:
             frames = stream.decode(packet)
@@ -123,7 +125,6 @@ class Timeline:
     pts: int64 [n], ascending, in units of `time_base`; pts_s: the same in seconds.
     keyframes: int64, indices into `pts` where decoding can start.
     stated_pts: False where packets carry no times and `pts` merely counts frames.
-    short_by_s: how much of the duration in the header is missing at the end, 0 if nothing is.
     16 bytes a frame, 1.4 MiB an hour at 24 frames a second, are all that grows with a file.
     """
 
@@ -131,7 +132,6 @@ class Timeline:
     pts_s: Times
     keyframes: np.ndarray[Any, np.dtype[np.int64]]
     stated_pts: bool
-    short_by_s: float
 
     def __len__(self) -> int:
         return len(self.pts)
@@ -146,14 +146,11 @@ class Timeline:
 def scan(container: InputContainer, stream: VideoStream, tally: Tally) -> Timeline:
     """Read all packets of a container once, decoding none."""
     pts, keys = array("q"), array("q")
-    stated_pts, end_s, count = True, 0.0, 0
+    stated_pts, count = True, 0
     for packet in packets(container, tally):
         if packet.size == 0:
             continue
-        if packet.pts is not None:
-            last = packet.pts + (packet.duration or 0)
-            end_s = max(end_s, float(last * packet.time_base))
-        if packet.stream_index != stream.index or packet.is_discard:
+        if packet.stream is not stream or packet.is_discard:
             continue
         stated_pts &= packet.pts is not None
         if packet.pts is not None:
@@ -162,10 +159,6 @@ def scan(container: InputContainer, stream: VideoStream, tally: Tally) -> Timeli
                 keys.append(packet.pts)
         count += 1
     base: Fraction = stream.time_base or Fraction(1, 1000)
-    start_s = (container.start_time or 0) / av.time_base
-    missing_s = 0.0
-    if container.duration and container.format.name.startswith(_STATE_DURATION):
-        missing_s = container.duration / av.time_base - (end_s - start_s)
     if stated_pts:
         times = np.unique(np.frombuffer(pts, np.int64)) if count else np.empty(0, np.int64)
         keyframes = np.searchsorted(times, np.unique(np.frombuffer(keys, np.int64)) if keys else [])
@@ -174,9 +167,17 @@ def scan(container: InputContainer, stream: VideoStream, tally: Tally) -> Timeli
         times, keyframes = np.arange(count), np.empty(0, np.int64)
         seconds = times / float(stream.average_rate or stream.guessed_rate or 25)
         tally.notes.append("the file states no presentation times; frames are spaced evenly")
-    return Timeline(
-        times, seconds, keyframes, stated_pts, missing_s if missing_s > _SHORT_BY_S else 0.0
-    )
+    say_if_short(container, tally)
+    return Timeline(times, seconds, keyframes, stated_pts)
+
+
+def say_if_short(container: InputContainer, tally: Tally) -> None:
+    """Once all packets were read: mark the input as cut short if its header states more."""
+    if container.duration and container.format.name.startswith(_STATE_DURATION):
+        have_s = tally.end_s - (container.start_time or 0) / av.time_base
+        missing_s = container.duration / av.time_base - have_s
+        if missing_s > _SHORT_BY_S:
+            tally.truncated = f"cut short: the header states {missing_s:.1f} s more than there is"
 
 
 def describe(
@@ -197,3 +198,12 @@ def describe(
     return SourceInfo(
         name, width, height, duration_s, frames, fps, stream.codec_context.name, 90 * turns
     )
+
+
+def _unreadable(file: Any) -> str:
+    """What is wrong with an input that FFmpeg does not open."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            if opened.read(8)[4:] == b"ftyp":
+                return "is an mp4 or mov without its index, which is written last: it was cut short"
+    return "is not a video that can be opened"

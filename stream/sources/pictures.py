@@ -1,15 +1,11 @@
-"""From a decoder's picture to an upright RGB array: colour matrix, range, bit depth, orientation."""
+"""From a decoder's picture to an upright RGB array: colour matrix, range, depth, orientation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from stream.errors import SourceError
-
-from .base import MAX_PIXELS
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -52,27 +48,17 @@ def orientation(frame: VideoFrame) -> tuple[Turns, bool]:
 
     Read from the display matrix; an angle in between is rounded to the nearest quarter.
     """
-    import av.sidedata.sidedata
-
-    data = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
-    if data is None:
+    side_data: Any = frame.side_data
+    try:
+        matrix = side_data["DISPLAYMATRIX"]
+    except KeyError:
         return 0, False
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32, count=5).astype(np.float64)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32, count=5).astype(np.float64)
     mirrored = bool(a * d - b * c < 0)
     if mirrored:
         a, b = -a, -b
     turns: tuple[Turns, ...] = (0, 1, 2, 3)
     return turns[round(float(np.degrees(np.arctan2(b, a))) / 90) % 4], mirrored
-
-
-def refuse_oversize(name: str, width: int, height: int) -> None:
-    """Raise SourceError for a picture of more than `MAX_PIXELS` pixels."""
-    if width * height > MAX_PIXELS:
-        side = int(MAX_PIXELS**0.5)
-        raise SourceError(
-            f"{name} has pictures of {width}x{height} pixels; at most {MAX_PIXELS:,} "
-            f"({side}x{side}) are allowed. Scale it down first."
-        )
 
 
 def _is_full_range(frame: VideoFrame) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,6 @@ SAME_TIME_S = 1e-6
 
 Times = NDArray[np.float64]
 Indices = NDArray[np.int64]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Fps:
 Sampling = Uniform | Fps
 
 
-class FpsClock(Generic[T]):
+class FpsClock[T]:
     """`Fps.pick` for times that arrive one by one: a frame is known to be wanted when the next
     one (or the end) is seen, so one frame is held."""
 
@@ -120,7 +118,7 @@ class FpsClock(Generic[T]):
         return math.ceil((pts_s - self._first_s - SAME_TIME_S) * self._fps)
 
 
-class Reservoir(Generic[T]):
+class Reservoir[T]:
     """`Uniform.pick` for a source of unknown length, with at most 2 * frames items held.
 
     Every stride-th item is kept; when the store is full every second one is dropped and the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from stream.data import Frame
 from stream.errors import SourceError
 
-from .base import DecodeReport, SourceInfo, Tally
+from .base import DecodeReport, SourceInfo, Tally, check_start
 from .demux import Damaged, Timeline, describe, open_container, pictures, scan, video_stream
 from .pictures import to_rgb
 from .sampling import Indices, Sampling, Uniform
@@ -73,12 +74,8 @@ class VideoFile:
 
     def _read(self, sampling: Sampling, start: int, tally: Tally) -> Generator[Frame]:
         name = str(self._path)
-        with open_container(name, name) as container:
+        with closing(open_container(name, name)) as container:
             timeline = scan(container, video_stream(container, name, "SLICE"), tally)
-        if timeline.short_by_s:
-            tally.truncated = (
-                f"cut short: the header states {timeline.short_by_s:.1f} s more than there is"
-            )
         wanted = sampling.pick(timeline.pts_s)
         if isinstance(sampling, Uniform) and len(wanted) < sampling.frames:
             tally.notes.append(f"{sampling.frames} frames asked for, the file has {len(wanted)}")
@@ -99,9 +96,9 @@ class VideoFile:
                 f"{name} has {len(timeline)} video packets and not one can be decoded"
                 f" ({'; '.join(tally.errors) or 'no reason given'}); get the file again."
             )
-        missing = len(wanted) - max(start, start + tally.frames_given)
+        missing = len(wanted) - start - tally.frames_given
         if missing > 0:
-            tally.notes.append(f"{missing} wanted frames could not be had")
+            tally.notes.append(f"{missing} of {len(wanted)} wanted frames could not be had")
 
     def _decode_fast(self, timeline: Timeline, wanted: Indices, tally: Tally) -> Iterator[Frame]:
         """Exactly the wanted frames, or Damaged."""
@@ -109,7 +106,7 @@ class VideoFile:
             raise Damaged
         name = str(self._path)
         quiet = Tally()
-        with open_container(name, name) as container:
+        with closing(open_container(name, name)) as container:
             stream = video_stream(container, name, "AUTO")
             jumps = timeline.stated_pts and container.format.name.startswith(_SEEKS_WELL)
             frames = pictures(container, stream, quiet, strict=True)
@@ -138,7 +135,7 @@ class VideoFile:
     ) -> Iterator[Frame]:
         """The wanted frames as far as they can be had, less the first `skip` of them."""
         name = str(self._path)
-        with open_container(name, name) as container:
+        with closing(open_container(name, name)) as container:
             stream = video_stream(container, name, "SLICE")
             frames = pictures(container, stream, tally)
             indexed = ((timeline.index_of(frame, n), frame) for n, frame in enumerate(frames))
@@ -150,7 +147,7 @@ class VideoFile:
 def probe(path: Path) -> SourceInfo:
     """Read the header and the first picture. Raises SourceError if it is not a video."""
     name = str(path)
-    with open_container(name, name) as container:
+    with closing(open_container(name, name)) as container:
         stream = video_stream(container, name, "SLICE")
         first = next(pictures(container, stream, Tally()), None)
         return describe(container, stream, first, name)
@@ -178,9 +175,3 @@ def nearest_had(
             held = index, frame
     if held is not None and target is not None:
         yield held
-
-
-def check_start(start: int) -> int:
-    if start < 0:
-        raise SourceError(f"start is {start}; it counts frames to leave out, so it is 0 or more.")
-    return start
