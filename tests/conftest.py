@@ -1,0 +1,108 @@
+"""Guards around every test: seeded randomness, no network, and no GPU test that skips unseen."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+for _offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.setdefault(_offline, "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+hypothesis.settings.register_profile(
+    "foveate", deadline=None, derandomize=bool(os.environ.get("CI"))
+)
+hypothesis.settings.load_profile("foveate")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow tests unless asked for; skip GPU tests where a GPU is neither had nor due."""
+    if not config.getoption("--slow") and "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if not torch.cuda.is_available() and os.environ.get("FOVEATE_REQUIRE_CUDA") != "1":
+        no_gpu = pytest.mark.skip(reason="no CUDA device; FOVEATE_REQUIRE_CUDA=1 makes this fail")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """The same random numbers for every test, whatever ran before; the old state comes back."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+def _own_names() -> set[str]:
+    """This machine's name and the addresses it stands for; Ray's processes meet at one of them."""
+    name = socket.gethostname()
+    try:
+        return {"localhost", name, *(str(found[4][0]) for found in socket.getaddrinfo(name, None))}
+    except OSError:
+        return {"localhost", name}
+
+
+OWN_NAMES = _own_names()
+
+
+def _is_here(host: str | bytes | None) -> bool:
+    name = host.decode() if isinstance(host, bytes) else host
+    if not name or name in OWN_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse(host: Any) -> None:
+    raise OSError(errno.ENETUNREACH, f"tests run without network; this one reached for {host!r}")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to other machines fail as if the cable were out; this machine can be reached."""
+    for method in ("connect", "connect_ex", "sendto"):
+        real = getattr(socket.socket, method)
+
+        def guarded(sock: socket.socket, *args: Any, real: Any = real) -> Any:
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and not _is_here(args[-1][0]):
+                _refuse(args[-1][0])
+            return real(sock, *args)
+
+        monkeypatch.setattr(socket.socket, method, guarded)
+
+    look_up = socket.getaddrinfo
+
+    def guarded_look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_here(host):
+            _refuse(host)
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
