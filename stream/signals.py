@@ -43,6 +43,10 @@ class Signals:
         """The same signals, readable only as far as `needs` goes."""
         return Signals(self._values, needs)
 
+    def extended(self, values: Mapping[Signal, Tensor]) -> Signals:
+        """The same signals and more."""
+        return Signals({**self._values, **values}, self._declared)
+
     def __getitem__(self, signal: Signal) -> Tensor:
         if self._declared is not None and signal not in self._declared:
             raise SignalError(

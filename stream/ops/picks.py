@@ -28,7 +28,7 @@ def top_mask(score: Tensor, k: Tensor) -> Tensor:
 
 def spaced(n: int, k: int) -> Tensor:
     """k distinct indices evenly spaced over 0..n-1 (the middle of each of k equal parts)."""
-    return ((torch.arange(k, dtype=torch.float64) + 0.5) * (n / k)).long()
+    return ((torch.arange(k, dtype=torch.float64) + 0.5) * (n / max(k, 1))).long()
 
 
 def staggered(frames: int, per_frame: int, k: int) -> Tensor:

@@ -1,0 +1,141 @@
+"""What foveate must know about a video LLM, and nothing more."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stream.data import Frame, PatchGrid
+from stream.errors import AttachError
+from stream.signals import Signal
+
+from .probes import column_mean, probing
+
+
+@dataclass(frozen=True, slots=True)
+class VideoPlace:
+    """Where a video's tokens stand in a sequence: slots long [n], its grid, frame times."""
+
+    slots: Tensor
+    grid: PatchGrid
+    pts_s: tuple[float, ...]
+
+
+class SaliencyTap:
+    """Collects the attention each patch receives in the last vision layer, as the model runs."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        """scores: float32 [images, patches]."""
+        self._parts.append(scores)
+
+    def take(self) -> Tensor:
+        """All scores since the last call, [images, patches] or flat where shapes differ."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            raise AttachError("The vision encoder has not run since saliency was last read.")
+        if len({p.shape[1] for p in parts}) == 1:
+            return torch.cat(parts)
+        return torch.cat([p.reshape(-1) for p in parts])
+
+    def clear(self) -> None:
+        self._parts.clear()
+
+
+class VideoAdapter(ABC):
+    """One family of video LLMs in transformers' implementation."""
+
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.SALIENCY, Signal.LAST_ROW})
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+
+    @property
+    def text_model(self) -> PreTrainedModel:
+        model: PreTrainedModel = self.model.model.language_model
+        return model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = self.model.model.language_model.layers
+        return layers
+
+    @property
+    @abstractmethod
+    def vision_model(self) -> PreTrainedModel:
+        """The vision encoder."""
+
+    @property
+    @abstractmethod
+    def saliency_layer(self) -> nn.Module:
+        """The attention module of the vision layer whose output the model uses."""
+
+    @abstractmethod
+    def pooled_saliency(self, scores: Tensor, grids: Sequence[PatchGrid]) -> list[Tensor]:
+        """Raw column means of one vision pass -> float32 [grid.size] for each video."""
+
+    @abstractmethod
+    def places(self, inputs: dict[str, Any]) -> list[list[VideoPlace]]:
+        """The videos of each sequence, from the keyword arguments of the model's forward."""
+
+    @abstractmethod
+    def pixel_inputs(self, frames: Sequence[Frame], processor: Any) -> dict[str, Any]:
+        """Frames -> the pixel arguments of `features`, as the model's own processor makes them."""
+
+    @abstractmethod
+    def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
+        """Projected and pooled features [n, d] of one video in (t, y, x) order, and their grid."""
+
+    @abstractmethod
+    def placeholder(self) -> int:
+        """Token id that stands for visual tokens in a prompt."""
+
+    @abstractmethod
+    def trailing(self) -> Tensor | None:
+        """Embeddings [m, d] that follow a video's tokens (a newline), if the family has any."""
+
+    @abstractmethod
+    def positions(self, input_ids: Tensor, mask: Tensor, grid: PatchGrid) -> Tensor:
+        """Position ids of an unpruned prompt, [..., b, n]. input_ids, mask: [b, n]."""
+
+    def frames_per_token(self) -> int:
+        """Consecutive frames that one row of the patch grid covers."""
+        return 1
+
+    def saliency(self, tap: SaliencyTap) -> AbstractContextManager[None]:
+        """While active, the vision encoder's received attention flows into `tap`."""
+
+        def probe(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
+            tap.add(column_mean(query, key, scaling))
+
+        return probing(self.vision_model, {self.saliency_layer: probe})
+
+
+def supported() -> tuple[str, ...]:
+    """Model types that have an adapter."""
+    families = importlib.import_module("policies.video").__path__
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(families) if not m.ispkg))
+
+
+def adapter_for(model: PreTrainedModel) -> VideoAdapter:
+    """The adapter of a model's family; AttachError names the supported ones."""
+    kind = str(model.config.model_type)
+    if kind not in supported():
+        raise AttachError(
+            f"No adapter for model type '{kind}' ({type(model).__name__}). "
+            f"Supported: {', '.join(supported())}."
+        )
+    module = importlib.import_module(f"policies.video.{kind}")
+    adapter: VideoAdapter = module.Adapter(model)
+    return adapter

@@ -1,0 +1,154 @@
+"""Pruning on a user's own transformers model, in two lines, removed without a trace."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Self
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stream.data import Budget
+from stream.errors import AttachError, BudgetError
+from stream.memory import Memory
+from stream.plan import Plan
+from stream.reducers.base import Reducer
+from stream.registry import build_reducer, reducer_class, reducer_names
+from stream.signals import Signal, Signals
+
+from .adapter import SaliencyTap, VideoAdapter, adapter_for
+from .hooks import Positions, ReductionHooks, VideoSpan
+
+
+def check_fit(adapter: VideoAdapter, reducer: Reducer) -> None:
+    """Raise AttachError if a stage needs a signal this model cannot give."""
+    needs = frozenset().union(*(stage.needs for stage in reducer.stages))
+    missing = needs - adapter.provides
+    if missing:
+        fitting = [n for n in reducer_names() if reducer_class(n).needs <= adapter.provides]
+        raise AttachError(
+            f"{type(adapter.model).__name__} cannot give {', '.join(sorted(missing))}, which "
+            f"{type(reducer).__name__} needs; reducers that fit: {', '.join(fitting)}."
+        )
+
+
+class Attachment:
+    """A reducer attached to a model; use as a context manager or call `detach`.
+
+    plans: what became of the tokens of each video of the last prefill, by sequence.
+    lengths: tokens, text included, that entered each decoder layer of the last prefill.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reducer: Reducer,
+        retain: float | None,
+        tokens: int | None,
+        positions: Positions,
+        seed: int,
+    ) -> None:
+        self._adapter = adapter_for(model)
+        check_fit(self._adapter, reducer)
+        if (retain is None) == (tokens is None):
+            raise BudgetError(
+                f"retain is {retain} and tokens is {tokens}; give exactly one of them."
+            )
+        self._retain, self._tokens, self._seed = retain, tokens, seed
+        self._hooks = ReductionHooks(
+            self._adapter.text_model, self._adapter.layers, reducer.stages, positions
+        )
+        self._needs_saliency = any(Signal.SALIENCY in s.needs for s in reducer.stages)
+        self._tap = SaliencyTap()
+        self._stack = ExitStack()
+
+    @property
+    def plans(self) -> list[list[Plan]]:
+        return [[span.plan for span in row] for row in self._hooks.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self._hooks.lengths()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._hooks)
+            if self._needs_saliency:
+                stack.enter_context(self._adapter.saliency(self._tap))
+            hook = self._adapter.model.model.register_forward_pre_hook(
+                self._announce, with_kwargs=True
+            )
+            stack.callback(hook.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Remove every hook and restore the model's attention implementation."""
+        self._stack.close()
+
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training:
+            raise AttachError("The model is in training mode; call model.eval() before pruning.")
+        places = self._adapter.places(kwargs)
+        if not any(places):
+            return
+        self._tap.clear()
+        grids = [place.grid for row in places for place in row]
+        pooled: list[Tensor] = []
+
+        def saliency(video: int) -> Tensor:
+            if not pooled:
+                pooled.extend(self._adapter.pooled_saliency(self._tap.take(), grids))
+            return pooled[video]
+
+        rows: list[list[VideoSpan]] = []
+        video = 0
+        for row in places:
+            spans = []
+            for place in row:
+                n = place.grid.size
+                spans.append(
+                    VideoSpan(
+                        slots=place.slots,
+                        grid=place.grid,
+                        pts_s=place.pts_s,
+                        budget=self._budget(n),
+                        plan=Plan.identity(n, place.slots.device),
+                        signals=Signals({Signal.SALIENCY: lambda v=video: saliency(v)}),  # type: ignore[misc]
+                        memory=Memory(seed=self._seed),
+                    )
+                )
+                video += 1
+            rows.append(spans)
+        self._hooks.expect(rows)
+
+    def _budget(self, n: int) -> Budget:
+        if self._retain is not None:
+            return Budget.ratio(self._retain, of=n)
+        return Budget(min(self._tokens or 0, n))
+
+
+def attach(
+    model: PreTrainedModel,
+    reducer: str | Reducer = "holitom",
+    *,
+    retain: float | None = None,
+    tokens: int | None = None,
+    positions: Positions = "keep",
+    seed: int = 0,
+    **settings: Any,
+) -> Attachment:
+    """Prune the visual tokens of a transformers video LLM while the block runs.
+
+        with attach(model, "holitom", retain=0.15):
+            model.generate(**inputs)
+
+    reducer: a name (`foveate methods` lists them) with its settings, or a Reducer.
+    retain: share of each video's tokens to keep, or tokens: their number.
+    positions: `keep` lets every token stand where its anchor stood; `renumber` closes the gaps.
+    """
+    built = build_reducer(reducer, **settings) if isinstance(reducer, str) else reducer
+    return Attachment(model, built, retain, tokens, positions, seed)
