@@ -57,6 +57,7 @@ class DecodeReport:
 
     frames_decoded: pictures decoded, wanted or not. frames_given: pictures handed on.
     packets_failed: packets (`unit` says when it is something else) that could not be decoded.
+    frames_patched: decoded pictures in which the decoder filled in damaged parts.
     errors: the first few distinct reasons. truncated: why the input counts as cut short, None if
     it does not. notes: what else a person should know; notes alone do not make a reading partial.
     """
@@ -64,6 +65,7 @@ class DecodeReport:
     frames_decoded: int = 0
     frames_given: int = 0
     packets_failed: int = 0
+    frames_patched: int = 0
     errors: tuple[str, ...] = ()
     truncated: str | None = None
     notes: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class DecodeReport:
 
     @property
     def complete(self) -> bool:
-        return self.packets_failed == 0 and self.truncated is None
+        return not (self.packets_failed or self.frames_patched or self.truncated)
 
     @property
     def said(self) -> str:
@@ -79,6 +81,8 @@ class DecodeReport:
         parts = list(self.notes)
         if self.packets_failed:
             parts.append(f"{self.packets_failed} {self.unit} failed ({'; '.join(self.errors)})")
+        if self.frames_patched:
+            parts.append(f"{self.frames_patched} frames are damaged in part")
         if self.truncated:
             parts.append(self.truncated)
         return "; ".join(parts)
@@ -95,14 +99,19 @@ class Tally:
 
     def __init__(self, unit: str = "packets") -> None:
         self.unit = unit
-        self.frames_decoded = 0
         self.frames_given = 0
-        self.packets_failed = 0
-        self.errors: list[str] = []
+        self.start_over()
         self.truncated: str | None = None
         self.notes: list[str] = []
         self.end_s = 0.0
         """Where the last packet of any stream ends."""
+
+    def start_over(self) -> None:
+        """Forget what an abandoned decoding counted."""
+        self.frames_decoded = 0
+        self.packets_failed = 0
+        self.frames_patched = 0
+        self.errors: list[str] = []
 
     def fail(self, reason: str) -> None:
         self.packets_failed += 1
@@ -114,6 +123,7 @@ class Tally:
             self.frames_decoded,
             self.frames_given,
             self.packets_failed,
+            self.frames_patched,
             tuple(self.errors),
             self.truncated,
             tuple(self.notes),

@@ -13,14 +13,13 @@ from types import TracebackType
 from typing import Self
 
 import decord
-import numpy as np
 
 from stream.data import Frame
 from stream.errors import SourceError
 
 from .base import DecodeReport, SourceInfo, Tally, check_start, reason_of
 from .sampling import Sampling, Uniform
-from .video_file import probe
+from .video_file import probe, read_timeline
 
 
 class DecordFile:
@@ -29,7 +28,9 @@ class DecordFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tally = Tally()
-        self._info = probe(path)
+        self._info, upright = probe(path)
+        if upright.mirrored:
+            raise self._refusal("its pictures are mirrored, which decord leaves so")
 
     @property
     def info(self) -> SourceInfo:
@@ -62,9 +63,12 @@ class DecordFile:
         decord.logging.set_level(decord.logging.QUIET)
         try:
             reader = decord.VideoReader(str(self._path), ctx=decord.cpu(0))
-            pts_s = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+            count = len(reader)
         except (decord.DECORDError, RuntimeError) as error:
             raise self._refusal(reason_of(error)) from None
+        pts_s = read_timeline(self._path, tally).pts_s
+        if count != len(pts_s):
+            raise self._refusal(f"it counts {count} frames, the file has {len(pts_s)}")
         wanted = sampling.pick(pts_s)
         if isinstance(sampling, Uniform) and len(wanted) < sampling.frames:
             tally.notes.append(f"{sampling.frames} frames asked for, the file has {len(wanted)}")

@@ -16,7 +16,7 @@ from av.stream import Disposition
 from stream.errors import SourceError
 
 from .base import MAX_PIXELS, SourceInfo, Tally, reason_of, refuse_oversize
-from .pictures import orientation
+from .pictures import Orientation, orientation_of
 from .sampling import Times
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def open_container(file: Any, name: str) -> InputContainer:
     return container
 
 
-def video_stream(container: InputContainer, name: str, threads: str) -> VideoStream:
+def video_stream(container: InputContainer, name: str, *, threads: bool) -> VideoStream:
     """The main video stream, ready to decode; SourceError if there is none.
 
-    threads: "AUTO" is fast; "SLICE" keeps every picture apart from its neighbours' damage.
+    threads: faster; but damage then costs neighbouring pictures too.
     """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
@@ -70,7 +70,10 @@ def video_stream(container: InputContainer, name: str, threads: str) -> VideoStr
         )
     refuse_oversize(name, stream.width, stream.height)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    stream.thread_type = threads
+    if threads:
+        stream.thread_type = "AUTO"
+    else:
+        stream.thread_count = 1
     return stream
 
 
@@ -97,7 +100,8 @@ def pictures(
 ) -> Iterator[VideoFrame]:
     """Every picture that can be decoded, in order of presentation.
 
-    A packet that fails is counted in `tally`; with `strict` it raises Damaged instead.
+    A packet that fails, or a picture that is whole only in part, is counted in `tally`; with
+    `strict` it raises Damaged instead.
     """
     name = container.name
     for packet in packets(container, tally):
@@ -114,7 +118,10 @@ def pictures(
             continue
         for frame in frames:
             refuse_oversize(name, frame.width, frame.height)
+            if frame.is_corrupt and strict:
+                raise Damaged
             tally.frames_decoded += 1
+            tally.frames_patched += frame.is_corrupt
             yield frame
 
 
@@ -182,8 +189,8 @@ def say_if_short(container: InputContainer, tally: Tally) -> None:
 
 def describe(
     container: InputContainer, stream: VideoStream, first: VideoFrame | None, name: str
-) -> SourceInfo:
-    """What the header states; the orientation is read from the first picture."""
+) -> tuple[SourceInfo, Orientation]:
+    """What the header states, and the orientation, which the first picture tells."""
     duration_s = None
     if stream.duration and stream.time_base:
         duration_s = float(stream.duration * stream.time_base)
@@ -191,13 +198,13 @@ def describe(
         duration_s = container.duration / av.time_base
     fps = float(stream.average_rate) if stream.average_rate else None
     frames = stream.frames or (round(duration_s * fps) if duration_s and fps else None)
-    turns = orientation(first)[0] if first is not None else 0
+    upright = orientation_of(first) if first is not None else Orientation()
     width, height = (first or stream).width, (first or stream).height
-    if turns % 2:
+    if upright.turns % 2:
         width, height = height, width
-    return SourceInfo(
-        name, width, height, duration_s, frames, fps, stream.codec_context.name, 90 * turns
-    )
+    codec = stream.codec_context.name
+    turned_deg = 90 * upright.turns
+    return SourceInfo(name, width, height, duration_s, frames, fps, codec, turned_deg), upright
 
 
 def _unreadable(file: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
 Picture = NDArray[np.uint8]
-Turns = Literal[0, 1, 2, 3]
 
 # Numbers of FFmpeg's AVColorSpace, AVColorRange and swscale that PyAV passes through.
 _KNOWN_MATRICES = (1, 4, 5, 6, 7, 9, 10)
@@ -20,7 +19,15 @@ _LIMITED, _FULL = 1, 2
 _POINT, _FULL_CHROMA, _EXACT_ROUNDING = 0x10, 0x2000, 0x40000
 
 
-def to_rgb(frame: VideoFrame) -> Picture:
+class Orientation(NamedTuple):
+    """How stored pictures stand upright: mirrored left to right first, if they are, and then
+    turned clockwise by quarter turns, 0 to 3."""
+
+    turns: int = 0
+    mirrored: bool = False
+
+
+def to_rgb(frame: VideoFrame, orientation: Orientation) -> Picture:
     """uint8 [height, width, 3], upright and contiguous.
 
     The colour matrix and range are those the frame states; BT.601 and limited range where it
@@ -37,28 +44,26 @@ def to_rgb(frame: VideoFrame) -> Picture:
         dst_color_range=_FULL,
         interpolation=_POINT | _FULL_CHROMA | _EXACT_ROUNDING,
     )
-    turns, mirrored = orientation(frame)
-    if mirrored:
+    if orientation.mirrored:
         rgb = rgb[:, ::-1]
-    return np.ascontiguousarray(np.rot90(rgb, -turns), np.uint8)
+    return np.ascontiguousarray(np.rot90(rgb, -orientation.turns), np.uint8)
 
 
-def orientation(frame: VideoFrame) -> tuple[Turns, bool]:
-    """Quarter turns clockwise that stand the picture upright, and whether it is mirrored first.
+def orientation_of(frame: VideoFrame) -> Orientation:
+    """Read from the display matrix; an angle in between is rounded to the nearest quarter turn.
 
-    Read from the display matrix; an angle in between is rounded to the nearest quarter.
+    Call it once for a video: the side data it reads keep a frame alive until garbage collection.
     """
     side_data: Any = frame.side_data
     try:
         matrix = side_data["DISPLAYMATRIX"]
     except KeyError:
-        return 0, False
+        return Orientation()
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32, count=5).astype(np.float64)
     mirrored = bool(a * d - b * c < 0)
     if mirrored:
         a, b = -a, -b
-    turns: tuple[Turns, ...] = (0, 1, 2, 3)
-    return turns[round(float(np.degrees(np.arctan2(b, a))) / 90) % 4], mirrored
+    return Orientation(round(float(np.degrees(np.arctan2(b, a))) / 90) % 4, mirrored)
 
 
 def _is_full_range(frame: VideoFrame) -> bool:

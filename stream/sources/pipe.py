@@ -77,7 +77,7 @@ class VideoPipe:
         self._reader = PipeReader(path, timeout_s)
         try:
             self._container = open_container(self._reader, self._name)
-            self._stream = video_stream(self._container, self._name, "SLICE")
+            self._stream = video_stream(self._container, self._name, threads=False)
             frames = pictures(self._container, self._stream, self._tally)
             first = next(frames, None)
             if first is None:
@@ -97,7 +97,7 @@ class VideoPipe:
             raise SourceError(
                 f"{error} It came through a pipe, which ended after {size} bytes."
             ) from None
-        self._info = describe(self._container, self._stream, first, self._name)
+        self._info, self._upright = describe(self._container, self._stream, first, self._name)
         self._frames = chain([first], frames)
 
     @property
@@ -141,7 +141,7 @@ class VideoPipe:
         for count, (index, pts_s, frame) in enumerate(sampled(self._shown(), sampling), 1):
             if count > start:
                 self._tally.frames_given += 1
-                yield Frame(to_rgb(frame), pts_s, index)
+                yield Frame(to_rgb(frame, self._upright), pts_s, index)
         if isinstance(sampling, Uniform) and count < sampling.frames:
             self._tally.notes.append(
                 f"{sampling.frames} frames asked for, the pipe carried {count}"

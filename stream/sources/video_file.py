@@ -20,7 +20,7 @@ from stream.errors import SourceError
 
 from .base import DecodeReport, SourceInfo, Tally, check_start
 from .demux import Damaged, Timeline, describe, open_container, pictures, scan, video_stream
-from .pictures import to_rgb
+from .pictures import Orientation, to_rgb
 from .sampling import Indices, Sampling, Uniform
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class VideoFile:
         self._path = path
         self._tally = Tally()
         self._readings: weakref.WeakSet[Generator[Frame]] = weakref.WeakSet()
-        self._info = probe(path)
+        self._info, self._upright = probe(path)
 
     @property
     def info(self) -> SourceInfo:
@@ -74,8 +74,7 @@ class VideoFile:
 
     def _read(self, sampling: Sampling, start: int, tally: Tally) -> Generator[Frame]:
         name = str(self._path)
-        with closing(open_container(name, name)) as container:
-            timeline = scan(container, video_stream(container, name, "SLICE"), tally)
+        timeline = read_timeline(self._path, tally)
         wanted = sampling.pick(timeline.pts_s)
         if isinstance(sampling, Uniform) and len(wanted) < sampling.frames:
             tally.notes.append(f"{sampling.frames} frames asked for, the file has {len(wanted)}")
@@ -87,7 +86,7 @@ class VideoFile:
                 yield frame
             return
         except Damaged:
-            tally.frames_decoded = 0
+            tally.start_over()
         for frame in self._decode_all(timeline, wanted, given, tally):
             tally.frames_given += 1
             yield frame
@@ -107,7 +106,7 @@ class VideoFile:
         name = str(self._path)
         quiet = Tally()
         with closing(open_container(name, name)) as container:
-            stream = video_stream(container, name, "AUTO")
+            stream = video_stream(container, name, threads=True)
             jumps = timeline.stated_pts and container.format.name.startswith(_SEEKS_WELL)
             frames = pictures(container, stream, quiet, strict=True)
             following = 0
@@ -128,7 +127,7 @@ class VideoFile:
                     raise Damaged
                 if index != target:
                     raise Damaged
-                yield Frame(to_rgb(frame), float(timeline.pts_s[index]), index)
+                yield Frame(to_rgb(frame, self._upright), float(timeline.pts_s[index]), index)
 
     def _decode_all(
         self, timeline: Timeline, wanted: Indices, skip: int, tally: Tally
@@ -136,35 +135,46 @@ class VideoFile:
         """The wanted frames as far as they can be had, less the first `skip` of them."""
         name = str(self._path)
         with closing(open_container(name, name)) as container:
-            stream = video_stream(container, name, "SLICE")
+            stream = video_stream(container, name, threads=False)
             frames = pictures(container, stream, tally)
             indexed = ((timeline.index_of(frame, n), frame) for n, frame in enumerate(frames))
             for ordinal, (index, frame) in enumerate(nearest_had(indexed, wanted)):
                 if ordinal >= skip:
-                    yield Frame(to_rgb(frame), float(timeline.pts_s[index]), index)
+                    yield Frame(to_rgb(frame, self._upright), float(timeline.pts_s[index]), index)
 
 
-def probe(path: Path) -> SourceInfo:
+def probe(path: Path) -> tuple[SourceInfo, Orientation]:
     """Read the header and the first picture. Raises SourceError if it is not a video."""
     name = str(path)
     with closing(open_container(name, name)) as container:
-        stream = video_stream(container, name, "SLICE")
+        stream = video_stream(container, name, threads=False)
         first = next(pictures(container, stream, Tally()), None)
         return describe(container, stream, first, name)
+
+
+def read_timeline(path: Path, tally: Tally) -> Timeline:
+    """Read all packets of a file, decoding none; `tally` says if it is cut short."""
+    name = str(path)
+    with closing(open_container(name, name)) as container:
+        return scan(container, video_stream(container, name, threads=False), tally)
 
 
 def nearest_had(
     frames: Iterator[tuple[int, VideoFrame]], wanted: Indices
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """For each wanted index, that frame; where it is missing, the one decoded before it, or,
-    if that one was given already, the one after it. Both sides ascend; each frame goes out once.
+    """For each wanted index, that frame; where it is missing, the one decoded before it, or, if
+    that one was given already, the one after it.
+
+    Wanted indices ascend. Frames that step back in time are passed over; none is given twice.
     """
     targets = iter(wanted.tolist())
     target = next(targets, None)
     held: tuple[int, VideoFrame] | None = None
+    latest = -1
     for index, frame in frames:
-        if target is None:
+        if target is None or index <= latest:
             continue
+        latest = index
         while held is not None and target is not None and target < index:
             yield held
             held, target = None, next(targets, None)
