@@ -127,6 +127,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text; Unicode line breaks are escaped, since a reader folds them into spaces."""
+        breaks = not {"\x85", "\u2028", "\u2029"}.isdisjoint(data)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _side in (_Loader, _Dumper):
     _side.yaml_implicit_resolvers = {}

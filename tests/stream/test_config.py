@@ -221,7 +221,10 @@ steps = st.one_of(
 )
 runs = st.builds(
     Run,
-    name=text | st.sampled_from(["1e-3", "on", "true", "~", "", "0x1f", "=", "<<", ".inf", "- a"]),
+    name=text
+    | st.sampled_from(
+        ["1e-3", "a\x85b", "\u2028", "on", "true", "~", "", "0x1f", "=", "<<", ".inf", "- a"]
+    ),
     window=st.builds(Window, longest=st.integers(min_value=1), site=st.sampled_from(Site)),
     steps=st.lists(steps, max_size=3).map(tuple),
     limits_ms=st.dictionaries(text, st.floats(allow_nan=False), max_size=3),
