@@ -16,10 +16,9 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stream.data import Frame, PatchGrid, Segment
-from stream.errors import ConfigError, ValueShapeError
-from stream.plan import Plan
-
+from ..data import Frame, PatchGrid, Segment
+from ..errors import ConfigError, ValueShapeError
+from ..plan import Plan
 from .patch_paint import ALONE, DROPPED, Fates, Pixels, paint_frame
 
 Colour = tuple[int, int, int]

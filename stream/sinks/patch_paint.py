@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stream.data import PatchGrid
-from stream.plan import Plan
+from ..data import PatchGrid
+from ..plan import Plan
 
 Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
