@@ -31,9 +31,10 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
-def load[C: Config](path: str | Path, model: type[C], overrides: Sequence[str] = ()) -> C:
+def load[M: BaseModel](path: str | Path, model: type[M], overrides: Sequence[str] = ()) -> M:
     """Read a YAML file into `model`; an empty file gives the defaults.
 
+    model: a `Config`, or any pydantic model that forbids extra keys, such as a reducer.
     overrides: `a.b=3`, applied in order on top of the file. The value is YAML, a number in the path
         is a position in a list, and the empty value is null.
 
@@ -54,9 +55,9 @@ def load[C: Config](path: str | Path, model: type[C], overrides: Sequence[str] =
     return parse(text, model, overrides, origin=str(path))
 
 
-def parse[C: Config](
-    text: str, model: type[C], overrides: Sequence[str] = (), *, origin: str = "config"
-) -> C:
+def parse[M: BaseModel](
+    text: str, model: type[M], overrides: Sequence[str] = (), *, origin: str = "config"
+) -> M:
     """`load` for text at hand; `origin` names it in errors."""
     data = _read(text, origin)
     if data is None:
@@ -67,21 +68,21 @@ def parse[C: Config](
         )
     given = [_apply(data, override) for override in overrides]
     try:
-        return model.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
         lines = [_explain(model, data, detail, overrides, given) for detail in details]
         raise ConfigError("\n  ".join([f"{origin} is refused:", *lines])) from None
 
 
-def dump(model: Config) -> str:
+def dump(model: BaseModel) -> str:
     """YAML that `load` reads back to an equal model; every field is spelled out."""
     return yaml.dump(
         model.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
     )
 
 
-def content_hash(model: Config) -> str:
+def content_hash(model: BaseModel) -> str:
     """12 hex digits that depend on the values only, not on their order or on what was a default."""
     canonical = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from stream.config import Config, content_hash, dump, load, parse
 from stream.errors import ConfigError
+from stream.registry import reducer_class, reducer_names
 
 
 class Site(enum.Enum):
@@ -237,6 +238,12 @@ def test_dump_and_parse_are_inverse(run: Run) -> None:
     again = parse(dump(run), Run)
     assert again == run
     assert content_hash(again) == content_hash(run)
+
+
+@pytest.mark.parametrize("name", reducer_names())
+def test_reducers_are_configs(name: str) -> None:
+    reducer = reducer_class(name)()
+    assert parse(dump(reducer), type(reducer)) == reducer
 
 
 def test_content_hash_depends_on_values_only() -> None:
