@@ -169,7 +169,7 @@ class ReductionHooks:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._prefill = self._expected = None
+        self._expected = None
 
     def _row_probe(self, layer: int) -> Probe:
         def probe(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:

@@ -111,8 +111,8 @@ class ImageFolder:
         for index in wanted.tolist():
             try:
                 image = read_image(self._images[index])
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                tally.fail(f"{self._images[index].name}: {_reason(error)}")
+            except _IMAGE_ERRORS as error:
+                tally.fail(_reason(self._images[index], error))
                 continue
             tally.frames_decoded += 1
             if position >= start:
@@ -132,11 +132,11 @@ class ImageFolder:
             try:
                 with Image.open(file) as image:
                     width, height = image.size
-                    refuse_oversize(str(file), width, height)
+                    refuse_oversize(file.name, width, height)
                     turns = _EXIF_TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1), 0)
                     codec = (image.format or "").lower()
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                reasons.append(f"{file.name}: {_reason(error)}")
+            except _IMAGE_ERRORS as error:
+                reasons.append(_reason(file, error))
                 continue
             if turns % 2:
                 width, height = height, width
@@ -156,14 +156,15 @@ class ImageFolder:
         )
 
 
+_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, SourceError)
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNS = {3: 2, 4: 2, 5: 1, 6: 1, 7: 3, 8: 3}
 
 
 def read_image(file: Path) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3], RGB, upright. SourceError over `MAX_PIXELS`, else OSError."""
+    """uint8 [height, width, 3], RGB, upright. Raises one of `_IMAGE_ERRORS`."""
     with Image.open(file) as image:
-        refuse_oversize(str(file), *image.size)
+        refuse_oversize(file.name, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
             grey = (np.asarray(upright).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
@@ -180,5 +181,8 @@ def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part], name
 
 
-def _reason(error: BaseException) -> str:
-    return "not an image" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+def _reason(file: Path, error: BaseException) -> str:
+    if isinstance(error, SourceError):
+        return str(error)
+    what = "not an image" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+    return f"{file.name}: {what}"

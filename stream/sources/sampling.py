@@ -54,9 +54,9 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Fps:
-    """The frames shown at the first frame's time + 0, 1/fps, 2/fps ... up to the last frame's time.
+    """The frames shown at the first frame's time + 0, 1/fps, 2/fps ... until the last one ends.
 
-    A frame that stays on screen for several wanted times is given once, so a rate above the
+    The last frame is taken to last as long as the one before it. A frame that stays on screen for several wanted times is given once, so a rate above the
     source's gives every frame. Where more than `max_frames` would result, `max_frames` of them
     are taken evenly over the whole source: the end is never cut off.
     """
@@ -78,9 +78,11 @@ class Fps:
         if len(pts_s) == 0:
             return np.empty(0, np.int64)
         since = pts_s - pts_s[0]
-        before = np.ceil((since - SAME_TIME_S) * self.fps)
-        after_last = np.floor((since[-1:] + SAME_TIME_S) * self.fps) + 1
-        shown = np.flatnonzero(np.diff(np.concatenate([before, after_last])) > 0)
+        if len(pts_s) == 1:
+            return np.zeros(1, np.int64)
+        end_s = 2 * since[-1] - since[-2]
+        starts_s = np.append(since, end_s) - SAME_TIME_S
+        shown = np.flatnonzero(np.diff(np.ceil(starts_s * self.fps)) > 0)
         if self.max_frames is None:
             return shown
         return shown[Uniform(self.max_frames).pick(pts_s[shown])]
@@ -97,6 +99,7 @@ class FpsClock[T]:
         self._fps = fps
         self._held: tuple[T, float] | None = None
         self._first_s = 0.0
+        self._gap_s = math.inf
 
     def push(self, item: T, pts_s: float) -> T | None:
         """The frame before this one, if it was wanted."""
@@ -104,18 +107,21 @@ class FpsClock[T]:
         if held is None:
             self._first_s = pts_s
             return None
-        return held[0] if self._before(pts_s) > self._before(held[1]) else None
+        self._gap_s = pts_s - held[1]
+        return held[0] if self._wanted_within(held[1], pts_s) else None
 
     def end(self) -> T | None:
         """The last frame, if it was wanted."""
         if self._held is None:
             return None
         item, pts_s = self._held
-        through = math.floor((pts_s - self._first_s + SAME_TIME_S) * self._fps) + 1
-        return item if through > self._before(pts_s) else None
+        return item if self._wanted_within(pts_s, pts_s + self._gap_s) else None
 
-    def _before(self, pts_s: float) -> int:
-        return math.ceil((pts_s - self._first_s - SAME_TIME_S) * self._fps)
+    def _wanted_within(self, from_s: float, to_s: float) -> bool:
+        if math.isinf(to_s):
+            return True
+        since_s = self._first_s + SAME_TIME_S
+        return math.ceil((to_s - since_s) * self._fps) > math.ceil((from_s - since_s) * self._fps)
 
 
 class Reservoir[T]:

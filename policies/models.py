@@ -1,0 +1,50 @@
+"""Loading a video LLM by a name in the box, a local folder or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from stream.errors import AttachError
+
+from .adapter import supported
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+def in_the_box() -> dict[str, Path]:
+    """Names of the shipped video models and where they lie; '-' in a name is '_' on disk."""
+    folders = (p for p in CHECKPOINTS.iterdir() if (p / "config.json").is_file())
+    return {p.name.replace("_", "-"): p for p in sorted(folders)}
+
+
+def load(
+    name: str = "tiny-video", device: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """(model in eval mode, processor).
+
+    device: default is CUDA where there is one. dtype: default is float32 on a CPU and bfloat16 on
+    a GPU. Never runs code from a repository. Raises AttachError for what cannot be loaded.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    where = str(in_the_box().get(name, name))
+    try:
+        config = AutoConfig.from_pretrained(where)
+        if config.model_type not in supported():
+            raise AttachError(
+                f"'{name}' is a {config.model_type} model; supported are {', '.join(supported())}."
+            )
+        processor = AutoProcessor.from_pretrained(where)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise AttachError(
+            f"Model '{name}' cannot be loaded: {str(error).splitlines()[0]} "
+            f"Give one of {', '.join(in_the_box())}, a folder, or a hub name."
+        ) from error
+    return model.to(device).eval(), processor
