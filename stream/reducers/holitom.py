@@ -170,7 +170,7 @@ class HoliTom(Reducer):
         alike = similarity.adjacent_cosine(tokens.x.view(grid.frames, grid.per_frame, -1))
         tau = self.tau
         if self.tau_quantile is not None and alike.numel():
-            tau = float(np.quantile(alike.cpu().numpy(), self.tau_quantile))
+            tau = float(np.quantile(alike.detach().cpu().numpy(), self.tau_quantile))
         links = (alike > tau).cpu().numpy()
         return links, static_windows.segment(links, self.max_segment_frames)[0]
 
