@@ -172,7 +172,7 @@ def scan(container: InputContainer, stream: VideoStream, tally: Tally) -> Timeli
         seconds = times * base.numerator / base.denominator
     else:
         times, keyframes = np.arange(count), np.empty(0, np.int64)
-        seconds = times / float(stream.average_rate or stream.guessed_rate or 25)
+        seconds = times / float(stream.guessed_rate or stream.average_rate or 25)
         tally.notes.append("the file states no presentation times; frames are spaced evenly")
     say_if_short(container, tally)
     return Timeline(times, seconds, keyframes, stated_pts)

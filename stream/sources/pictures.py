@@ -16,7 +16,7 @@ Picture = NDArray[np.uint8]
 _KNOWN_MATRICES = (1, 4, 5, 6, 7, 9, 10)
 _BT601, _BT601_ALIAS = 5, 6
 _LIMITED, _FULL = 1, 2
-_POINT, _FULL_CHROMA, _EXACT_ROUNDING = 0x10, 0x2000, 0x40000
+_BILINEAR, _NEAREST, _FULL_CHROMA, _EXACT_ROUNDING = 0x2, 0x10, 0x2000, 0x40000
 
 
 class Orientation(NamedTuple):
@@ -31,9 +31,11 @@ def to_rgb(frame: VideoFrame, orientation: Orientation) -> Picture:
     """uint8 [height, width, 3], upright and contiguous.
 
     The colour matrix and range are those the frame states; BT.601 and limited range where it
-    states none, as FFmpeg, decord and OpenCV have it. Each chroma sample covers its own pixels.
+    states none, as FFmpeg, decord and OpenCV have it. Each chroma sample covers its own pixels;
+    at odd sizes, where swscale's nearest sample drifts, chroma is interpolated.
     High dynamic range is not tone-mapped, and pixels that are not square stay as stored.
     """
+    even = frame.width % 2 == 0 == frame.height % 2
     matrix = frame.colorspace if frame.colorspace in _KNOWN_MATRICES else _BT601
     rgb = frame.to_ndarray(
         format="rgb24",
@@ -42,7 +44,7 @@ def to_rgb(frame: VideoFrame, orientation: Orientation) -> Picture:
         dst_colorspace=_BT601,
         src_color_range=_FULL if _is_full_range(frame) else _LIMITED,
         dst_color_range=_FULL,
-        interpolation=_POINT | _FULL_CHROMA | _EXACT_ROUNDING,
+        interpolation=(_NEAREST if even else _BILINEAR) | _FULL_CHROMA | _EXACT_ROUNDING,
     )
     if orientation.mirrored:
         rgb = rgb[:, ::-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +73,7 @@ class VideoPipe:
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._name = str(path)
         self._tally = Tally()
-        self._read_once = False
+        self._reading: Generator[Frame] | None = None
         self._reader = PipeReader(path, timeout_s)
         try:
             self._container = open_container(self._reader, self._name)
@@ -113,15 +113,21 @@ class VideoPipe:
 
         A pipe that stalls for longer than the limit counts as cut short: what came is given.
         """
-        if self._read_once:
+        if self._reading is not None:
             raise SourceError(
                 f"{self._name} is a pipe and has been read; what went through it is gone. Write "
                 "it to a file to read it again."
             )
-        self._read_once = True
-        return self._read(sampling, check_start(start))
+        self._reading = self._read(sampling, check_start(start))
+        return self._reading
 
     def close(self) -> None:
+        """End the reading and let go of the pipe."""
+        if self._reading is not None:
+            self._reading.close()
+        self._release()
+
+    def _release(self) -> None:
         self._container.close()
         self._reader.close()
 
@@ -136,7 +142,7 @@ class VideoPipe:
     ) -> None:
         self.close()
 
-    def _read(self, sampling: Sampling, start: int) -> Iterator[Frame]:
+    def _read(self, sampling: Sampling, start: int) -> Generator[Frame]:
         count = 0
         for count, (index, pts_s, frame) in enumerate(sampled(self._shown(), sampling), 1):
             if count > start:
@@ -146,7 +152,7 @@ class VideoPipe:
             self._tally.notes.append(
                 f"{sampling.frames} frames asked for, the pipe carried {count}"
             )
-        self.close()
+        self._release()
 
     def _shown(self) -> Iterator[Shown]:
         period_s = 1 / float(self._stream.average_rate or 25)

@@ -56,9 +56,10 @@ class Uniform:
 class Fps:
     """The frames shown at the first frame's time + 0, 1/fps, 2/fps ... until the last one ends.
 
-    The last frame is taken to last as long as the one before it. A frame that stays on screen for several wanted times is given once, so a rate above the
-    source's gives every frame. Where more than `max_frames` would result, `max_frames` of them
-    are taken evenly over the whole source: the end is never cut off.
+    The last frame is taken to last as long as the one before it. A frame that stays on screen for
+    several wanted times is given once, so a rate above the source's gives every frame. Where more
+    than `max_frames` would result, `max_frames` of them are taken evenly over the whole source:
+    the end is never cut off.
     """
 
     fps: float
@@ -75,11 +76,9 @@ class Fps:
 
     def pick(self, pts_s: Times) -> Indices:
         """Ascending indices into `pts_s`."""
-        if len(pts_s) == 0:
-            return np.empty(0, np.int64)
+        if len(pts_s) < 2:
+            return np.arange(len(pts_s))
         since = pts_s - pts_s[0]
-        if len(pts_s) == 1:
-            return np.zeros(1, np.int64)
         end_s = 2 * since[-1] - since[-2]
         starts_s = np.append(since, end_s) - SAME_TIME_S
         shown = np.flatnonzero(np.diff(np.ceil(starts_s * self.fps)) > 0)
