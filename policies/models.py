@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from stream.errors import AttachError
 
@@ -19,6 +20,12 @@ def in_the_box() -> dict[str, Path]:
     """Names of the shipped video models and where they lie; '-' in a name is '_' on disk."""
     folders = (p for p in CHECKPOINTS.iterdir() if (p / "config.json").is_file())
     return {p.name.replace("_", "-"): p for p in sorted(folders)}
+
+
+def quiet() -> None:
+    """No progress bars or advice from transformers in this process."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load(

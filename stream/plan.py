@@ -149,12 +149,10 @@ class Plan:
         Equal contributions go to the lowest row.
         """
         row, col, weight = self.entries()
-        best = torch.zeros(self.n, device=row.device).index_reduce_(
-            0, col, weight.abs(), "amax", include_self=True
-        )
+        best = torch.zeros(self.n, device=row.device).scatter_reduce_(0, col, weight.abs(), "amax")
         holds = (weight.abs() == best[col]) & (weight != 0)
         owner = torch.full((self.n,), self.k, device=row.device, dtype=torch.long)
-        owner = owner.index_reduce_(0, col[holds], row[holds], "amin", include_self=True)
+        owner.scatter_reduce_(0, col[holds], row[holds], "amin")
         return torch.where(owner == self.k, -1, owner)
 
     def to(self, device: torch.device | str) -> Plan:

@@ -1,0 +1,5 @@
+"""`python -m foveate`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""One command, one file; nothing heavy is imported before a command runs."""

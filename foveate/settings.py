@@ -1,0 +1,68 @@
+"""What a run of the command line is configured by; see configs/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from stream.config import Config, load
+
+if TYPE_CHECKING:
+    from stream.reducers.base import Reducer
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class AskConfig(Config):
+    """One video, some questions.
+
+    model: a name in the box, a folder, or a hub name. settings: of the reducer. retain: share of
+    the visual tokens to keep. frames: how many, evenly spaced; fps: instead, that many a second.
+    """
+
+    model: str = "tiny-video"
+    reducer: str = "holitom"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    retain: Annotated[float, Field(gt=0, le=1)] = 0.15
+    frames: Annotated[int, Field(ge=1, le=1024)] = 32
+    fps: Annotated[float, Field(gt=0)] | None = None
+    decoder: Literal["pyav", "decord"] = "pyav"
+    positions: Literal["keep", "renumber"] = "keep"
+    runner: Literal["ray", "inline"] = "ray"
+    device: str | None = None
+    seed: int = 0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 16
+
+
+class ReducerConfig(Config):
+    """A reducer with its settings, as a file of configs/reducers/."""
+
+    reducer: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def variants() -> dict[str, Path]:
+    """Named settings of reducers: the files of configs/reducers/."""
+    return {p.stem: p for p in sorted((CONFIGS / "reducers").glob("*.yaml"))}
+
+
+def reducer_of(name: str, overrides: Sequence[str] = (), **settings: Any) -> Reducer:
+    """A reducer or a variant of configs/reducers/ by name.
+
+    overrides: `name.setting=value`; those of other names are left out.
+    """
+    from stream.config import parse
+    from stream.registry import build_reducer, reducer_names, suggest
+
+    stem = name.replace("-", "_")
+    mine = [f"settings.{o[len(stem) + 1 :]}" for o in overrides if o.startswith(f"{stem}.")]
+    if stem in variants():
+        chosen = load(variants()[stem], ReducerConfig, mine)
+    elif stem in reducer_names():
+        chosen = parse(f"reducer: {stem}", ReducerConfig, mine)
+    else:
+        raise suggest("reducer", name, {*reducer_names(), *variants()})
+    return build_reducer(chosen.reducer, **chosen.settings | settings)
