@@ -80,9 +80,11 @@ class DecodeReport:
         """Everything beside the counts, in one line; empty for a clean reading."""
         parts = list(self.notes)
         if self.packets_failed:
-            parts.append(f"{self.packets_failed} {self.unit} failed ({'; '.join(self.errors)})")
+            parts.append(
+                f"{self.unit} that failed: {self.packets_failed} ({'; '.join(self.errors)})"
+            )
         if self.frames_patched:
-            parts.append(f"{self.frames_patched} frames are damaged in part")
+            parts.append(f"frames damaged in part: {self.frames_patched}")
         if self.truncated:
             parts.append(self.truncated)
         return "; ".join(parts)

@@ -104,7 +104,7 @@ class ImageFolder:
         pts_s = np.arange(len(self._images), dtype=np.float64) * np.float64(IMAGE_PERIOD_S)
         wanted = sampling.pick(pts_s)
         if self._left_out:
-            tally.notes.append(f"{self._left_out} files that are not images left out")
+            tally.notes.append(f"files left out, not images: {self._left_out}")
         if isinstance(sampling, Uniform) and len(wanted) < sampling.frames:
             tally.notes.append(f"{sampling.frames} frames asked for, there are {len(wanted)}")
         position = 0

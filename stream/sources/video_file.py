@@ -97,7 +97,7 @@ class VideoFile:
             )
         missing = len(wanted) - start - tally.frames_given
         if missing > 0:
-            tally.notes.append(f"{missing} of {len(wanted)} wanted frames could not be had")
+            tally.notes.append(f"wanted frames that could not be had: {missing} of {len(wanted)}")
 
     def _decode_fast(self, timeline: Timeline, wanted: Indices, tally: Tally) -> Iterator[Frame]:
         """Exactly the wanted frames, or Damaged."""

@@ -32,7 +32,7 @@ def test_images_come_in_natural_order(folder: Path) -> None:
         assert (source.info.width, source.info.height) == (41, 30)
         assert source.info.frames_estimate == 12
         frames = list(source.read(Fps(1)))
-        assert "1 files that are not images left out" in source.report.said
+        assert "files left out, not images: 1" in source.report.said
         assert source.report.complete
     assert [frame.image.shape for frame in frames] == [(30, 40 + n, 3) for n in range(1, 13)]
     assert [frame.pts_s for frame in frames] == list(range(12))
@@ -57,7 +57,7 @@ def test_unreadable_images_are_counted(folder: Path) -> None:
     assert len(frames) == 10
     assert report.packets_failed == 2
     assert not report.complete
-    assert "2 image files failed" in report.said
+    assert "image files that failed: 2" in report.said
     assert "frame5.bmp: not an image" in report.said
 
 
