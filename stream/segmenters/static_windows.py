@@ -27,8 +27,9 @@ class StaticWindows:
     frame wins over a window, and a shorter window over a longer one.
 
     max_frames: longest segment.
-    lag: commit at the latest this many frames behind the newest; None waits for certainty.
-        With lag >= the number of frames the segments equal the offline optimum.
+    lag: boundaries of the best partition that are older than this many frames are committed,
+        certain or not, so a frame waits for less than lag + max_frames frames; None waits for
+        certainty. With lag >= the number of frames the segments equal the offline optimum.
 
     Frames that belong to no possible future window are committed at once: every way to go on
     backtracks through the same boundaries.
@@ -86,7 +87,7 @@ class StaticWindows:
         if links is None:
             return np.zeros(1, dtype=np.int64)
         run = np.zeros(links.shape, np.int64) if self._run is None else self._run
-        self._run = np.where(links, run + 1, 0)
+        self._run = np.where(links, np.minimum(run + 1, self.max_frames), 0)
         at_least = np.bincount(self._run)[::-1].cumsum()[::-1]
         return at_least * np.arange(len(at_least))
 
