@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,19 +56,20 @@ def ask(
     from .commands import ask as command
     from .settings import AskConfig
 
-    settings = command.with_options(
-        load(config, AskConfig, override or ()),
-        model=model,
-        reducer=reducer,
-        retain=retain,
-        frames=frames,
-        fps=fps,
-        decoder=decoder,
-        positions=positions,
-        runner=runner,
-        device=device,
-        seed=seed,
-    )
+    given = {
+        "model": model,
+        "reducer": reducer,
+        "retain": retain,
+        "frames": frames,
+        "fps": fps,
+        "decoder": decoder,
+        "positions": positions,
+        "runner": runner,
+        "device": device,
+        "seed": seed,
+    }
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load(config, AskConfig, [*(override or ()), *options])
     command.ask(video, question, settings, overlay, as_json)
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -37,7 +38,7 @@ from .pipeline import (
     timed,
 )
 from .reducers.base import Reducer
-from .sources import DecodeReport, Sampling, open_source
+from .sources import DecodeReport, Sampling, Source, open_source
 
 MAX_CHUNKS_IN_FLIGHT = 3
 RESTARTS = 3
@@ -54,11 +55,14 @@ class _Actor:
 class SourceActor(_Actor):
     """Owns a demuxer and a decoder; `read` may be asked for any chunk again."""
 
-    def __init__(self, path: str, decoder: str, sampling: Sampling) -> None:
-        self._source = open_source(path, decoder)  # type: ignore[arg-type]
-        self._sampling = sampling
+    def __init__(self, path: str, decoder: Decoder, sampling: Sampling) -> None:
+        self._path, self._decoder, self._sampling = path, decoder, sampling
         self._next = -1
         self._frames: Iterator[Frame] = iter(())
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self._path, self._decoder)
 
     def read(self, first: int, count: int) -> tuple[list[Frame], int, float]:
         """(frames first..first+count-1, how many there were, milliseconds)."""
@@ -128,7 +132,7 @@ def _start(cls: type[Any], *args: Any) -> Any:
 
 def run_ray(
     path: str,
-    decoder: str,
+    decoder: Decoder,
     sampling: Sampling,
     encoder: Callable[[], Encoder],
     reducer: Reducer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,8 @@ def run(video: str, questions: Sequence[str], config: AskConfig) -> RunResult:
 
     sampling: Sampling = Fps(config.fps, config.frames) if config.fps else Uniform(config.frames)
     reducer = reducer_of(config.reducer, **config.settings)
-    with open_source(video, config.decoder):
-        pass
+    if not Path(video).is_fifo():
+        open_source(video, config.decoder).close()
     totals: dict[str, int | None] = {
         "decode": config.frames,
         "encode": config.frames,
@@ -162,10 +162,3 @@ def record(
         "restarts": list(result.restarts),
         "overlay": str(overlay) if overlay else None,
     }
-
-
-def with_options(config: AskConfig, **options: Any) -> AskConfig:
-    """The config with the command-line options that were given."""
-    given = {k: v for k, v in options.items() if v is not None}
-    check: Callable[[Any], AskConfig] = AskConfig.model_validate
-    return check(config.model_dump() | given)

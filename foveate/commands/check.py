@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..show import out, print_json, table
+
+if TYPE_CHECKING:
+    from stream.golden import Verdict
 
 
 def golden(folder: Path, as_json: bool) -> None:
@@ -31,9 +35,10 @@ def golden(folder: Path, as_json: bool) -> None:
             }
         )
     else:
-        verdicts = ("passed", "failed", "skipped")
+        verdicts: tuple[Verdict, ...] = ("passed", "failed", "skipped")
         rows = [(name, *(n[v] for v in verdicts)) for name, n in counts.items()]
-        rows.append(("all", *(sum(n[v] for n in counts.values()) for v in verdicts)))
+        total = sum(counts.values(), Counter())
+        rows.append(("all", *(total[v] for v in verdicts)))
         out.print(
             table(
                 f"Golden cases in {folder}", ("file", "passed", "failed", "skipped, unstable"), rows

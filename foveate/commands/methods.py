@@ -11,7 +11,7 @@ def rows() -> list[tuple[str, ...]]:
     """One row for each reducer, from its class."""
     from stream.registry import build_reducer, reducer_names
 
-    found = []
+    found: list[tuple[str, ...]] = []
     for name in reducer_names():
         reducer = build_reducer(name)
         stages = reducer.stages

@@ -1,0 +1,26 @@
+"""Every shipped config loads and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from foveate.settings import CONFIGS, AskConfig, reducer_of, variants
+from stream.config import load
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "ask").glob("*.yaml")), ids=lambda p: p.name)
+def test_ask_configs_build(path: Path) -> None:
+    config = load(path, AskConfig)
+    assert reducer_of(config.reducer, **config.settings).stages
+
+
+@pytest.mark.parametrize("name", variants())
+def test_reducer_variants_build(name: str) -> None:
+    assert reducer_of(name).stages
+
+
+def test_every_config_belongs_to_a_tested_kind() -> None:
+    kinds = {p.parent.name for p in CONFIGS.rglob("*.yaml")}
+    assert kinds <= {"ask", "reducers"}
