@@ -39,6 +39,7 @@ from .pipeline import (
 )
 from .reducers.base import Reducer
 from .sources import DecodeReport, Sampling, Source, open_source
+from .sources.base import Decoder
 
 MAX_CHUNKS_IN_FLIGHT = 3
 RESTARTS = 3

@@ -33,7 +33,7 @@ def distances(x: Tensor, sizes: Tensor | None = None) -> Tensor:
     count = x.shape[1] if sizes is None else sizes[:, None, None]
     x = x.float()
     x = x - x.sum(dim=1, keepdim=True) / count
-    square = (x * x).sum(-1)
+    square = torch.linalg.vector_norm(x, dim=-1).square()
     d2 = torch.baddbmm(square[:, :, None] + square[:, None, :], x, x.mT, alpha=-2.0)
     d2.diagonal(dim1=-2, dim2=-1).zero_()
     return d2.clamp_min_(0.0).div_(x.shape[-1]).sqrt_()
