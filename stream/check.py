@@ -43,9 +43,16 @@ GRIDS = (
 )
 MIDDLE = PatchGrid(4, 4, 4)
 CHANNELS = 16
+
+
+def _numpy_state() -> Any:
+    _, keys, *rest = np.random.get_state()
+    return np.asarray(keys).tobytes(), rest
+
+
 RANDOM_STATES: tuple[tuple[str, Callable[[], Any]], ...] = (
-    ("torch", lambda: torch.get_rng_state().tolist()),
-    ("numpy", lambda: str(np.random.get_state(legacy=False))),
+    ("torch", lambda: torch.get_rng_state().numpy().tobytes()),
+    ("numpy", _numpy_state),
     ("Python", random.getstate),
 )
 
