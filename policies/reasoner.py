@@ -150,7 +150,7 @@ class VideoReasoner:
             if trailing is not None:
                 embeds[i, slot_of[place[n:]]] = trailing.to(embeds.dtype)
         mask = mask.gather(1, kept)
-        if self._positions == "renumber":
+        if self._positions == "renumber" and video.plan.k < n:
             dense = (mask.cumsum(-1) - 1).clamp_min(0)
             position = dense.expand(*position.shape[:-1], -1)
         else:
