@@ -24,15 +24,16 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
-def distances(x: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Euclidean distances divided by sqrt(c): [b, n, c] -> float32 [b, n, n], diagonal 0.
+def centre_(x: Tensor, sizes: Tensor) -> Tensor:
+    """Subtract each group's mean in place; x: float32 [b, n, c] of `sizes` (long [b]) points each,
+    the rest zero rows. Distances stay, and the matrix-product form becomes accurate for close
+    points."""
+    return x.sub_(x.sum(dim=1, keepdim=True) / sizes[:, None, None])
 
-    Centring on the mean first keeps the matrix-product form accurate for close points. With
-    `sizes` (long [b]), only the first points of each group count, the rest are zero rows.
-    """
-    count = x.shape[1] if sizes is None else sizes[:, None, None]
+
+def distances(x: Tensor) -> Tensor:
+    """Euclidean distances divided by sqrt(c): [b, n, c] -> float32 [b, n, n], diagonal 0."""
     x = x.float()
-    x = x - x.sum(dim=1, keepdim=True) / count
     square = torch.linalg.vector_norm(x, dim=-1).square()
     d2 = torch.baddbmm(square[:, :, None] + square[:, None, :], x, x.mT, alpha=-2.0)
     d2.diagonal(dim1=-2, dim2=-1).zero_()

@@ -252,7 +252,8 @@ class HoliTom(Reducer):
         padded = scatter_rows(chosen, row * widest + rank, groups.numel() * widest)
         valid = torch.zeros(groups.numel(), widest, dtype=torch.bool, device=x.device)
         valid[row, rank] = True
-        distance = similarity.distances(padded.apply(x).view(groups.numel(), widest, -1), sizes)
+        features = padded.apply(x).float().view(groups.numel(), widest, -1)
+        distance = similarity.distances(similarity.centre_(features, sizes))
         near = count if self.counts == "published" else sizes
         density = clusters.density_peak_score(distance, near.clamp(max=self.neighbours), valid)
         if self.static_saliency:
