@@ -92,6 +92,7 @@ class Attachment:
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training:
             raise AttachError("The model is in training mode; call model.eval() before pruning.")
+        self._hooks.infer_positions(kwargs.get("position_ids") is None)
         places = self._adapter.places(kwargs)
         if not any(places):
             return

@@ -124,6 +124,7 @@ class ReductionHooks:
             )
         self._positions = positions
         self._expected: list[list[VideoSpan]] | None = None
+        self._positions_inferred = False
         self._prefill: _Prefill | None = None
         self._stack = ExitStack()
 
@@ -135,6 +136,10 @@ class ReductionHooks:
     def expect(self, rows: list[list[VideoSpan]]) -> None:
         """The videos of each sequence of the next prefill."""
         self._expected = rows if any(rows) else None
+
+    def infer_positions(self, inferred: bool) -> None:
+        """Whether the model itself makes up the next positions from what its first layer holds."""
+        self._positions_inferred = inferred
 
     def lengths(self) -> list[int]:
         """Tokens (text included) that entered each decoder layer in the last prefill."""
@@ -246,16 +251,23 @@ class ReductionHooks:
         kwargs = dict(kwargs)
         kwargs.pop("cache_position", None)
         mask = kwargs.get("attention_mask")
+        lost = state.full_length - state.length
+        first = kwargs["past_key_values"].get_seq_length() + lost
+        new = kwargs["inputs_embeds"].shape[1]
         if mask is not None:
+            if mask.shape[-1] != first + new:
+                raise AttachError(
+                    f"{new} tokens follow {first} seen ones, but the mask covers {mask.shape[-1]}; "
+                    "on a pruned cache pass only new tokens, with a mask over all of them."
+                )
             kwargs["attention_mask"] = mask.gather(
                 1, _columns(state.entered, state.full_length, mask.shape[1])
             )
         position = kwargs.get("position_ids")
         if position is None:
-            new = kwargs["inputs_embeds"].shape[1]
-            seen = kwargs["past_key_values"].get_seq_length()
-            first = seen + state.full_length - state.length
             position = torch.arange(first, first + new, device=state.entered.device)[None]
+        elif self._positions_inferred and mask is None:
+            position = position + lost
         kwargs["position_ids"] = position if state.shift is None else position + state.shift
         return args, kwargs
 

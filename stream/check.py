@@ -43,6 +43,8 @@ GRIDS = (
 )
 MIDDLE = PatchGrid(4, 4, 4)
 CHANNELS = 16
+FEATURES = frozenset({"input_embeddings"})
+"""Signals that are [n, d]; all others are [n]."""
 
 
 def _numpy_state() -> Any:
@@ -99,8 +101,9 @@ class Scene:
         values = {signal: torch.rand(self.grid.size, generator=draw) for signal in Signal}
         if self.look in ("equal", "zero"):
             values = {s: torch.full_like(v, self.look == "equal") for s, v in values.items()}
-        index = self.tokens().index
-        return {s: v[index] / self.grid.size for s, v in values.items()}
+        tokens = self.tokens()
+        values = {s: v[tokens.index] / self.grid.size for s, v in values.items()}
+        return {s: tokens.x.float() if s in FEATURES else v for s, v in values.items()}
 
 
 @dataclass(slots=True)

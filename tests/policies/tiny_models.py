@@ -92,9 +92,10 @@ def qwen2_5_vl() -> Any:
 
 
 def qwen_inputs(batch: int = 1, frames: int = 4) -> dict[str, torch.Tensor]:
-    """`frames` temporal patches of a 3 x 4 merged grid."""
+    """`frames` temporal patches of a 3 x 4 merged grid, between vision start and end."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(5, 180, (batch, 8), generator=generator)
+    text[:, 2:4] = torch.tensor([192, 193])
     video = torch.full((batch, frames * 12), VIDEO_ID)
     ids = torch.cat([text[:, :3], video, text[:, 3:]], 1)
     return {
