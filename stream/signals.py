@@ -12,7 +12,8 @@ from .errors import SignalError
 
 
 class Signal(StrEnum):
-    """Each signal is float32 [n], one value for each token that enters the stage."""
+    """Each signal has one row for each of the n tokens that enter the stage: float32 [n], or
+    [n, d] for features."""
 
     SALIENCY = "saliency"
     """Mean attention each patch receives in the last vision layer, pooled like the features."""
@@ -20,6 +21,17 @@ class Signal(StrEnum):
     LAST_ROW = "last_row"
     """Attention of the prompt's last row to each token in the layer before the stage, mean over
     heads."""
+
+    PREFILL_ROWS = "prefill_rows"
+    """The same, but the mean over all rows of the prompt, visual rows included; a row that comes
+    before the token counts as 0."""
+
+    TEXT_ROWS = "text_rows"
+    """The same, but the mean over the text rows after the visual tokens, without the first of
+    them and the prompt's last row."""
+
+    INPUT_EMBEDDINGS = "input_embeddings"
+    """Features [n, d] of the tokens as they entered the language model, before its first layer."""
 
 
 class Signals:

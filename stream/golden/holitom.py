@@ -1,41 +1,30 @@
-"""Compare our operators with stored outputs of a method's reference implementation.
-
-A golden file is an .npz whose arrays hold inputs and expected outputs of numbered cases. Which
-cases a file holds is read from its array names, so any folder of the format works.
-"""
+"""Golden files of HoliTom: single functions, the merge inside the model, whole pipelines."""
 
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .data import PatchGrid, Segment
-from .errors import SourceError
-from .ops import clusters, grids, merges, picks, similarity
-from .plan import Plan
-from .reducers import inner_merge
-from .reducers.holitom import (
+from ..data import PatchGrid, Segment
+from ..ops import clusters, grids, merges, picks, similarity
+from ..plan import Plan
+from ..reducers import inner_merge
+from ..reducers.holitom import (
     HoliTom,
     Windows,
     corrected_ratio,
     published_counts,
     temporal_mean,
 )
-from .segmenters import static_windows
-
-Arrays = Mapping[str, NDArray[Any]]
-Verdict = Literal["passed", "failed", "skipped"]
+from ..segmenters import static_windows
+from .cases import Arrays, Case, differs, fitting, tensor
 
 RATIO_ATOL = 1e-12
 VALUE_TOL = {"rtol": 1e-5, "atol": 1e-5}
@@ -43,60 +32,18 @@ SKETCH_ATOL = 1e-3
 NOISE_SCALE = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One golden case: passed, failed with the reason, or skipped because the reference itself
-    is unstable there (counts are still compared)."""
-
-    name: str
-    verdict: Verdict
-    why: str = ""
-
-
-_UNKNOWN = Case("file", "skipped", "holds no case of a known kind")
-
-
-def check_folder(folder: Path) -> dict[str, list[Case]]:
-    """Check every golden file of a folder: file name -> its cases.
-
-    Raises SourceError if the folder is missing or holds no file of a known format.
-    """
-    if not folder.is_dir():
-        raise SourceError(f"'{folder}' is not a folder; give one that holds golden .npz files.")
-    results = {path.name: _check_file(path) for path in sorted(folder.glob("*.npz"))}
-    if all(cases == [_UNKNOWN] for cases in results.values()):
-        raise SourceError(
-            f"'{folder}' holds no golden file; .npz files with cases of "
-            f"{', '.join(_CHECKS)} or whole pipelines are needed."
-        )
-    return results
-
-
-def _check_file(path: Path) -> list[Case]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        return [Case("file", "failed", f"cannot be read: {error}")]
+def cases(arrays: Arrays) -> list[Case]:
+    """All cases of a file; none if it holds no array of this method."""
     if any(name.startswith("combo_") for name in arrays):
-        return _fitting("file", lambda: list(_pipeline_cases(arrays)))
-    cases: list[Case] = []
+        return fitting("file", lambda: list(_pipeline_cases(arrays)))
+    found: list[Case] = []
     for kind, check in _CHECKS.items():
         pattern = re.compile(rf"({kind}\d+)_(.+)")
         matches = [m for m in map(pattern.fullmatch, arrays) if m]
         for name in sorted({m[1] for m in matches}):
             fields = {m[2]: arrays[m[0]] for m in matches if m[1] == name}
-            cases += _fitting(name, partial(_judge, name, fields, check))
-    return cases or [_UNKNOWN]
-
-
-def _fitting(name: str, check: Callable[[], list[Case]]) -> list[Case]:
-    """The cases, or a failed one if arrays are missing or of shapes that contradict each other."""
-    try:
-        return check()
-    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
-        why = f"does not fit the format: {type(error).__name__}: {error}"
-        return [Case(name, "failed", why)]
+            found += fitting(name, partial(_judge, name, fields, check))
+    return found
 
 
 def _judge(name: str, fields: Arrays, check: Callable[[Arrays], str]) -> list[Case]:
@@ -106,42 +53,23 @@ def _judge(name: str, fields: Arrays, check: Callable[[Arrays], str]) -> list[Ca
     return [Case(name, "failed" if why else "passed", why)]
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """A torch copy; stored int16 positions become long."""
-    tensor = torch.from_numpy(np.array(array))
-    return tensor if tensor.is_floating_point() else tensor.long()
-
-
-def _differs(
-    what: str, ours: Tensor, golden: NDArray[Any], rtol: float = 0.0, atol: float = 0.0
-) -> str:
-    """'' where equal, else the reason; a reason that begins with 'count' is a wrong shape."""
-    expected = _tensor(golden)
-    if ours.shape != expected.shape:
-        return f"count of {what}: {tuple(ours.shape)}, expected {tuple(expected.shape)}"
-    ours, expected = ours.double(), expected.double()
-    if torch.allclose(ours, expected, rtol=rtol, atol=atol):
-        return ""
-    return f"{what} differ by up to {float((ours - expected).abs().max()):.2e}"
-
-
 def _check_dpc(case: Arrays) -> str:
-    x, noise = _tensor(case["x"]), _tensor(case["noise"])
+    x, noise = tensor(case["x"]), tensor(case["noise"])
     count, near = (int(v) for v in case["params"])
     neighbours = torch.full((x.shape[0],), near)
     distance = similarity.distances(x)
     score = clusters.density_peak_score(distance, neighbours, noise=noise * NOISE_SCALE)
     centres = torch.sort(score, descending=True, stable=True).indices[:, :count]
-    return _differs("centres", centres, case["centers"])
+    return differs("centres", centres, case["centers"])
 
 
 def _check_windows(case: Arrays) -> str:
     _, tau, longest = case["params"]
-    links = (_tensor(case["sim"]) > float(tau)).numpy()
+    links = (tensor(case["sim"]) > float(tau)).numpy()
     segments, saved = static_windows.segment(links, int(longest))
     if saved != float(case["total_reduced"]):
         return f"saved {saved}, expected {float(case['total_reduced'])}"
-    return _differs("segments", _inclusive(segments), case["segments"])
+    return differs("segments", _inclusive(segments), case["segments"])
 
 
 def _inclusive(segments: list[Segment]) -> Tensor:
@@ -149,10 +77,10 @@ def _inclusive(segments: list[Segment]) -> Tensor:
 
 
 def _check_assignment(case: Arrays) -> str:
-    x, centre_index = _tensor(case["x"]), _tensor(case["targets"])
+    x, centre_index = tensor(case["x"]), tensor(case["targets"])
     n = x.shape[1]
     centre = torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, centre_index, True)
-    owner = clusters.assign(_tensor(case["dist"]), centre)
+    owner = clusters.assign(tensor(case["dist"]), centre)
     member = torch.ones(n, dtype=torch.bool)
     rules: tuple[merges.MergeRule, ...] = ("beta", "mean")
     for rule in rules:
@@ -162,7 +90,7 @@ def _check_assignment(case: Arrays) -> str:
             slot = torch.empty(n, dtype=torch.long)
             slot[target] = torch.arange(target.numel())
             rows.append(Plan.merge(target, slot[lead], torch.arange(n), weight, n).apply(item))
-        why = _differs(f"{rule} merge", torch.stack(rows), case[f"out_{rule}"], **VALUE_TOL)
+        why = differs(f"{rule} merge", torch.stack(rows), case[f"out_{rule}"], **VALUE_TOL)
         if why:
             return why
     return ""
@@ -170,19 +98,19 @@ def _check_assignment(case: Arrays) -> str:
 
 def _check_dynamic(case: Arrays) -> str:
     ratio, contextual, beta, near = (float(v) for v in case["params"])
-    x = _tensor(case["x"])
+    x = tensor(case["x"])
     frames, patches, _ = x.shape
     if patches == 0:
-        return _differs("positions", torch.empty(frames, 0), case["out_pos"])
+        return differs("positions", torch.empty(frames, 0), case["out_pos"])
     windows = Windows.of(
         np.zeros((frames - 1, patches), bool), [Segment(t, t + 1) for t in range(frames)]
     )
-    return _check_merges(case, x, windows, ratio, contextual, beta, near, _tensor(case["attn"]))
+    return _check_merges(case, x, windows, ratio, contextual, beta, near, tensor(case["attn"]))
 
 
 def _check_static(case: Arrays) -> str:
     ratio, beta, near = (float(v) for v in case["params"])
-    x = _tensor(case["x"])
+    x = tensor(case["x"])
     twice = x.expand(2, -1, -1)
     windows = Windows.of(np.ones((1, x.shape[1]), bool), [Segment(0, 2)])
     return _check_merges(case, twice, windows, ratio, 0.0, beta, near, torch.zeros(twice.shape[:2]))
@@ -214,51 +142,51 @@ def _check_merges(
         counts = published_counts(ratio, windows)
         plan = method.assemble(flat, grid, saliency.reshape(-1), windows, *counts)
         shape = case["out_pos"].shape
-        position = _tensor(case["pos"]).reshape(-1)[plan.anchor]
+        position = tensor(case["pos"]).reshape(-1)[plan.anchor]
         if position.numel() != case["out_pos"].size:
             return f"count of tokens: {position.numel()}, expected {case['out_pos'].size}"
-        why = _differs("positions", position.view(shape), case["out_pos"])
+        why = differs("positions", position.view(shape), case["out_pos"])
         rows = plan.apply(flat).view(*shape, width)
-        why = why or _differs(f"{rule} merge", rows, case[f"out_{rule}"], **VALUE_TOL)
+        why = why or differs(f"{rule} merge", rows, case[f"out_{rule}"], **VALUE_TOL)
         if why:
             return why
     return ""
 
 
 def _check_split(case: Arrays) -> str:
-    x = _tensor(case["x"])
+    x = tensor(case["x"])
     frames, patches, width = x.shape
     segments = [Segment(int(a), int(b) + 1) for a, b in case["segments"]]
-    links = (_tensor(case["sim"]) > float(case["tau"])).numpy()
+    links = (tensor(case["sim"]) > float(case["tau"])).numpy()
     windows = Windows.of(links, segments)
     mean, still = temporal_mean(windows, PatchGrid(frames, 1, patches))
     dynamic = (~windows.static).nonzero()[:, 1]
     rows = mean.apply(x.reshape(-1, width))[still]
     return (
-        _differs("static counts", windows.n_static, case["n_static"])
-        or _differs("dynamic counts", patches - windows.n_static, case["n_dynamic"])
-        or _differs("static positions", mean.anchor[still] % patches, case["static_pos"])
-        or _differs("dynamic positions", dynamic, case["dynamic_pos"])
-        or _differs("static means", rows, case["static_feat"], **VALUE_TOL)
+        differs("static counts", windows.n_static, case["n_static"])
+        or differs("dynamic counts", patches - windows.n_static, case["n_dynamic"])
+        or differs("static positions", mean.anchor[still] % patches, case["static_pos"])
+        or differs("dynamic positions", dynamic, case["dynamic_pos"])
+        or differs("static means", rows, case["static_feat"], **VALUE_TOL)
     )
 
 
 def _check_newlines(case: Arrays) -> str:
-    x, position = _tensor(case["x"]), _tensor(case["pos"])
+    x, position = tensor(case["x"]), tensor(case["pos"])
     side = int(case["grid"])
     frames = x.shape[0]
     grid = PatchGrid(frames, int(position.max()) // side + 1, side)
     anchor = (torch.arange(frames)[:, None] * grid.per_frame + position).view(-1)
     slots = grids.newline_slots(anchor, grid, "grid")
-    out = grids.insert_rows(x.reshape(-1, x.shape[-1]), slots, _tensor(case["token"]).view(-1))
-    return _differs("sequence", out, case["out"], **VALUE_TOL)
+    out = grids.insert_rows(x.reshape(-1, x.shape[-1]), slots, tensor(case["token"]).view(-1))
+    return differs("sequence", out, case["out"], **VALUE_TOL)
 
 
 def _check_inner(case: Arrays) -> str:
     start, length, drop = case["params"]
     first, last = int(start), int(start) + int(length)
-    hidden = _tensor(case["hidden"])
-    score = _tensor(case["attn_last_heads"]).mean(0)[first:last]
+    hidden = tensor(case["hidden"])
+    score = tensor(case["attn_last_heads"]).mean(0)[first:last]
     kept = picks.top(score, round((last - first) * (1 - float(drop))))
     absolute = torch.cat([torch.arange(first), kept + first, torch.arange(last, hidden.shape[1])])
     merged = [
@@ -271,7 +199,7 @@ def _check_inner(case: Arrays) -> str:
         )
         for item in hidden
     ]
-    return _differs("kept positions", absolute, case["kept_pos"]) or _differs(
+    return differs("kept positions", absolute, case["kept_pos"]) or differs(
         "states", torch.stack(merged), case["out"], **VALUE_TOL
     )
 
@@ -289,11 +217,11 @@ _CHECKS: dict[str, Callable[[Arrays], str]] = {
 
 
 def _pipeline_cases(arrays: Arrays) -> Iterator[Case]:
-    x = _tensor(arrays["features"])
+    x = tensor(arrays["features"])
     alike = similarity.adjacent_cosine(x)
     for j in range(len(arrays["combo_ratio"])):
         name = f"c{j:03d}"
-        yield from _fitting(name, partial(_pipeline_case, name, j, x, alike, arrays))
+        yield from fitting(name, partial(_pipeline_case, name, j, x, alike, arrays))
 
 
 def _pipeline_case(name: str, j: int, x: Tensor, alike: Tensor, arrays: Arrays) -> list[Case]:
@@ -313,19 +241,19 @@ def _check_pipeline(
     case: Arrays,
 ) -> Case:
     frames, patches, width = x.shape
-    flat, saliency = x.reshape(-1, width), _tensor(arrays["attn"]).reshape(-1)
+    flat, saliency = x.reshape(-1, width), tensor(arrays["attn"]).reshape(-1)
     links = (alike > float(combo["combo_tau"])).numpy()
     segments, saved = static_windows.segment(links)
     windows = Windows.of(links, segments)
     ratio = corrected_ratio(float(combo["combo_ratio"]), frames * patches, saved)
     static_count, dynamic_count = published_counts(ratio, windows)
     why = (
-        _differs("segments", _inclusive(segments), case["segments"])
+        differs("segments", _inclusive(segments), case["segments"])
         or ("" if saved == scalars["total_reduced"] else f"saved tokens {saved}")
         or ("" if abs(ratio - scalars["corrected_ratio"]) <= RATIO_ATOL else f"ratio {ratio}")
-        or _differs("static patches", windows.n_static, case["n_static_patches"])
-        or _differs("static tokens", static_count, case["n_static_tokens"])
-        or _differs("dynamic tokens", dynamic_count[windows.start], case["n_dynamic_tokens"])
+        or differs("static patches", windows.n_static, case["n_static_patches"])
+        or differs("static tokens", static_count, case["n_static_tokens"])
+        or differs("dynamic tokens", dynamic_count[windows.start], case["n_dynamic_tokens"])
     )
     if why:
         return Case(name, "failed", why)
@@ -347,10 +275,10 @@ def _check_pipeline(
     sequence = _sequence(plan, flat, patches, bool(combo["combo_grid"]), arrays["newline"])
     if sequence.shape[0] != int(scalars["seq_len"]):
         return Case(name, "failed", f"{sequence.shape[0]} rows, expected {scalars['seq_len']}")
-    sketch = sequence.double() @ _tensor(arrays["proj"]).double()
-    why = _differs("sketch", sketch, case["sketch"], atol=SKETCH_ATOL)
+    sketch = sequence.double() @ tensor(arrays["proj"]).double()
+    why = differs("sketch", sketch, case["sketch"], atol=SKETCH_ATOL)
     if not why and combo["combo_full"]:
-        why = _differs("sequence", sequence, case["sequence"], **VALUE_TOL)
+        why = differs("sequence", sequence, case["sequence"], **VALUE_TOL)
     return Case(name, "failed" if why else "passed", why)
 
 
@@ -364,7 +292,7 @@ def _positions_differ(
     ours = _runs(plan.anchor % patches, sizes)
     for part, (what, flag) in enumerate((("static", "sta_stable"), ("dynamic", "dyn_stable"))):
         counts = (static_count, dynamic_count)[part]
-        golden = _runs(_tensor(case[f"{what}_pos"]), counts)
+        golden = _runs(tensor(case[f"{what}_pos"]), counts)
         for s, (mine, expected) in enumerate(zip(ours[part::2], golden, strict=True)):
             if case[flag][s] and not torch.equal(mine, expected):
                 return f"{what} positions of segment {s} differ"
@@ -384,4 +312,4 @@ def _sequence(
     if grid_layout:
         plan = plan.ascending()
     slots = grids.newline_slots(plan.anchor, grid, "grid" if grid_layout else "one_token")
-    return grids.insert_rows(plan.apply(x), slots, _tensor(newline))
+    return grids.insert_rows(plan.apply(x), slots, tensor(newline))
