@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stream.data import Budget
-from stream.errors import AttachError, BudgetError
+from stream.errors import AttachError, BudgetError, ConfigError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.base import Reducer
@@ -93,6 +93,10 @@ class Attachment:
         if module.training:
             raise AttachError("The model is in training mode; call model.eval() before pruning.")
         self._hooks.infer_positions(kwargs.get("position_ids") is None)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return
+        self._hooks.expect([])
         places = self._adapter.places(kwargs)
         if not any(places):
             return
@@ -111,6 +115,11 @@ class Attachment:
             spans = []
             for place in row:
                 n = place.grid.size
+                if place.slots.numel() != n:
+                    raise AttachError(
+                        f"The prompt holds {place.slots.numel()} placeholders for a video of {n} "
+                        "tokens; pass whole prompts, with `prefill_chunk_size` unset."
+                    )
                 spans.append(
                     VideoSpan(
                         slots=place.slots,
@@ -151,5 +160,10 @@ def attach(
     retain: share of each video's tokens to keep, or tokens: their number.
     positions: `keep` lets every token stand where its anchor stood; `renumber` closes the gaps.
     """
+    if settings and not isinstance(reducer, str):
+        raise ConfigError(
+            f"{type(reducer).__name__} is built already, so {sorted(settings)} cannot be set; "
+            "give its name instead."
+        )
     built = build_reducer(reducer, **settings) if isinstance(reducer, str) else reducer
     return Attachment(model, built, retain, tokens, positions, seed)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stream.data import Budget, PatchGrid, VisualTokens
-from stream.errors import AttachError
+from stream.errors import AttachError, ConfigError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.base import Reducer, reduce_stage
@@ -25,6 +26,8 @@ from stream.signals import Signal, Signals
 from .probes import Probe, last_row, probing
 
 Positions = Literal["keep", "renumber"]
+
+_attached: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +88,16 @@ class _Prefill:
     """One prefill and the decode steps that follow it.
 
     rows: the videos of each sequence of the batch. entered: long [b, n0], original places of
-    what entered layer 0, of `full_length`. alive: at a layer and after, indices into layer 0's
-    sequence, long [b, n]; None while everything is alive. shift: added to decode positions.
+    what entered layer 0, of `full_length`; later: tokens seen since. alive: at a layer and after,
+    indices into layer 0's sequence, long [b, n]; None while everything is alive. shift: added to
+    decode positions.
     """
 
     rows: list[list[VideoSpan]]
     full_length: int
     entered: Tensor | None = None
     length: int = 0
+    later: int = 0
     alive: dict[int, Tensor | None] = field(default_factory=dict)
     shift: Tensor | None = None
     last_rows: dict[int, Tensor] = field(default_factory=dict)
@@ -122,10 +127,15 @@ class ReductionHooks:
                 f"Two stages act at one layer of a model with {len(layers)} layers; "
                 "set their `layer` apart."
             )
+        if positions not in get_args(Positions):
+            raise ConfigError(
+                f"positions is '{positions}'; allowed: {', '.join(get_args(Positions))}."
+            )
         self._positions = positions
         self._expected: list[list[VideoSpan]] | None = None
         self._positions_inferred = False
         self._prefill: _Prefill | None = None
+        self._by_cache: WeakKeyDictionary[Any, _Prefill | None] = WeakKeyDictionary()
         self._stack = ExitStack()
 
     @property
@@ -154,6 +164,11 @@ class ReductionHooks:
         return lengths
 
     def __enter__(self) -> ReductionHooks:
+        if self._text_model in _attached:
+            raise AttachError(
+                f"{type(self._text_model).__name__} is pruned already; detach the first reducer "
+                "before attaching another, or chain them into one."
+            )
         requests: dict[nn.Module, Probe] = {}
         for layer in self._inside:
             if Signal.LAST_ROW in self._inside[layer].needs:
@@ -169,6 +184,8 @@ class ReductionHooks:
                     self._layer_hook(index), with_kwargs=True
                 )
                 stack.callback(hook.remove)
+            _attached.add(self._text_model)
+            stack.callback(_attached.discard, self._text_model)
             self._stack = stack.pop_all()
         return self
 
@@ -196,11 +213,15 @@ class ReductionHooks:
                 "shorter; generate with the default dynamic cache."
             )
         if cache is not None and cache.get_seq_length() > 0:
+            self._prefill = self._by_cache.get(cache, self._prefill)
             return self._continue(args, kwargs)
-        if self._expected is None:
-            self._prefill = None
+        self._prefill = None
+        if self._expected is not None:
+            self._prefill = _Prefill(self._expected, full_length=embeds.shape[1])
+        if cache is not None:
+            self._by_cache[cache] = self._prefill
+        if self._prefill is None:
             return None
-        self._prefill = _Prefill(self._expected, full_length=embeds.shape[1])
         self._expected = None
         if len(self._prefill.rows) != embeds.shape[0]:
             raise AttachError(
@@ -246,13 +267,14 @@ class ReductionHooks:
         if state is None:
             return None
         state.running = False
+        state.later = kwargs["past_key_values"].get_seq_length() - state.length
         if state.entered is None:
             return None
         kwargs = dict(kwargs)
         kwargs.pop("cache_position", None)
         mask = kwargs.get("attention_mask")
         lost = state.full_length - state.length
-        first = kwargs["past_key_values"].get_seq_length() + lost
+        first = state.full_length + state.later
         new = kwargs["inputs_embeds"].shape[1]
         if mask is not None:
             if mask.shape[-1] != first + new:
@@ -297,7 +319,15 @@ class ReductionHooks:
                 if mask is not None:
                     mask = torch.take_along_dim(mask, alive[:, None, :, None], dim=-2)
                     mask = torch.take_along_dim(mask, alive[:, None, None, :], dim=-1)
-            elif mask is not None:
+            else:
+                held = kwargs["past_key_values"].layers[layer].get_seq_length()
+                if held != alive.shape[1] + state.later:
+                    raise AttachError(
+                        f"Layer {layer} holds {held} tokens instead of "
+                        f"{alive.shape[1] + state.later}: the cache was cropped, as assisted "
+                        "decoding does, but pruned layers differ in length. Generate without it."
+                    )
+            if not state.running and mask is not None:
                 columns = _columns(alive, state.length, mask.shape[-1])
                 mask = torch.take_along_dim(mask, columns[:, None, None, :], dim=-1)
             kwargs["attention_mask"] = mask

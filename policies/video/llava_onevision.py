@@ -64,8 +64,8 @@ class Adapter(VideoAdapter):
         rows = []
         for row in ids:
             slots = (row == self.placeholder()).nonzero().squeeze(-1)
-            videos = slots.view(-1, grid.size + 1)[:, :-1]
-            rows.append([VideoPlace(v, grid, times) for v in videos])
+            videos = slots.split(grid.size + 1) if slots.numel() else ()
+            rows.append([VideoPlace(v[:-1], grid, times) for v in videos])
         return rows
 
     def pixel_inputs(self, frames: Sequence[Frame], processor: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -448,6 +449,35 @@ def test_decoding_by_hand_equals_the_oracle(family: str, name: str) -> None:
     assert len(ours) == 7
     for mine, true in zip(ours, truth, strict=True):
         assert torch.allclose(mine, true, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fastv", "saliency", "holitom"])
+def test_conversations_may_take_turns(name: str) -> None:
+    """Each cache remembers its own prefill, a copied one that of the last, text has none."""
+    family = "llava_onevision"
+    prompts = [
+        inputs_of(family),
+        inputs_of(family, frames=6),
+        {"input_ids": torch.tensor([[9, 8]])},
+    ]
+    question = torch.tensor([[11, 12, 13]])
+
+    def ask(first: Any, held: Any) -> Any:
+        ids = torch.cat([first.sequences[:, -1:], question], 1)
+        mask = torch.ones(1, first.sequences.shape[1] + 3, dtype=torch.long)
+        more = {"input_ids": ids, "attention_mask": mask, "past_key_values": held}
+        return generate(model(family), more)
+
+    with attach(model(family), name, retain=0.3):
+        alone = []
+        for prompt in prompts:
+            first = generate(model(family), prompt)
+            copied = copy.deepcopy(first.past_key_values)
+            alone.append(ask(first, first.past_key_values))
+            assert apart(ask(first, copied), alone[-1]) < 1e-6
+        firsts = [generate(model(family), prompt) for prompt in prompts]
+        for first, expected in zip(firsts, alone, strict=True):
+            assert apart(ask(first, first.past_key_values), expected) == 0.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
