@@ -1,0 +1,1 @@
+"""From a deadline in milliseconds to a token count: pure state machines, no clock inside."""

@@ -1,0 +1,264 @@
+"""How long the rest of a tick will take: the card, corrected by what this run showed.
+
+forecast = sum over remaining stages of (repeats x p95 on the card x drift of the stage), times
+exp(margin). The drift follows the machine (clocks, neighbours, heat); the margin makes the
+forecast a quantile that is exceeded at the stated rate. Adding p95s assumes that stages are slow
+together, which overstates the sum when they are not; the margin takes that back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from ..config import Config
+from ..errors import ConfigError
+from .conformal import Margin
+from .latency_card import LatencyCard, Name, isotonic
+
+_SHORTEST_MS = 1e-3
+
+
+class Stages(Config):
+    """Which stages of the card follow a decision.
+
+    prefix: run once after the encoder; the reuse of an old prefix skips them.
+    step: runs once for each flow step or decoded token; None when nothing repeats.
+    tail: run once, last.
+    """
+
+    prefix: tuple[Name, ...] = ("reduce", "prefill")
+    step: Name | None = "flow_step"
+    tail: tuple[Name, ...] = ("action_head",)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"stages {self.names} must be at least one and distinct")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.prefix, *((self.step,) if self.step else ()), *self.tail)
+
+
+class ModelConfig(Config):
+    """How fast the model learns.
+
+    target_miss: rate at which a forecast may be exceeded.
+    drift_weight: weight of the newest tick in the drift, once settled.
+    surprise: a tick this many times above its forecast means that the machine changed: the drift
+        starts over from this tick, with weights 1, 1/2, 1/3, ... until drift_weight.
+    drift_limit: the drift stays within [1 / drift_limit, drift_limit].
+    window: ticks whose spread the margin is taken from; at least 2 / target_miss is useful.
+    rate: how far one miss moves the level of the margin.
+    """
+
+    target_miss: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    drift_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    surprise: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.25
+    drift_limit: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 16.0
+    window: Annotated[int, Field(ge=16, le=4096)] = 256
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.005
+
+
+class Point(IntEnum):
+    """Where in a tick a forecast is made; each has a margin of its own."""
+
+    ENCODE = 0
+    PREFILL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyState:
+    """What was learnt about the machine.
+
+    log_drift: for each stage, log of the factor on the card's times.
+    weight: of the next tick in the drift.
+    margins: log factor on the forecast, for each Point.
+    """
+
+    log_drift: tuple[float, ...]
+    weight: float
+    margins: tuple[Margin, Margin]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyModel:
+    """Pure functions of (state, event); build with `of`."""
+
+    config: ModelConfig
+    source: str
+    stages: tuple[str, ...]
+    buckets: tuple[int, ...]
+    _work: tuple[tuple[tuple[int, bool], ...], tuple[tuple[int, bool], ...]]
+    _p50_ms: tuple[tuple[float, ...], ...]
+    _p95_ms: tuple[tuple[float, ...], ...]
+    _prior: tuple[tuple[float, ...], tuple[float, ...]]
+
+    @classmethod
+    def of(
+        cls, card: LatencyCard, stages: Stages, config: ModelConfig, device: str, steps: int = 1
+    ) -> LatencyModel:
+        """A model of the stages that follow a decision.
+
+        device: where this runs; a card of another device makes `source` a latency transplant.
+        steps: the usual number of repeats, for the margin's starting point alone.
+        Raises ConfigError when the card lacks a stage.
+        """
+        unknown = [stage for stage in stages.names if stage not in card.stages]
+        if unknown:
+            raise ConfigError(
+                f"The card of {card.model} has no stage {unknown[0]!r}; it has "
+                f"{', '.join(card.stages)}. Calibrate again or name other stages."
+            )
+        every = tuple((i, stage == stages.step) for i, stage in enumerate(stages.names))
+        work = (every, every[len(stages.prefix) :])
+        prior = tuple(_card_scores(card, stages.names, steps, w, config.window) for w in work)
+        return cls(
+            config,
+            card.label(device),
+            stages.names,
+            card.buckets,
+            work,
+            _by_bucket(card, stages.names, "p50_ms"),
+            _by_bucket(card, stages.names, "p95_ms"),
+            (prior[0], prior[1]),
+        )
+
+    def start(self) -> LatencyState:
+        margins = [
+            Margin.start(scores, self.config.target_miss, self.config.rate)
+            for scores in self._prior
+        ]
+        return LatencyState((0.0,) * len(self.stages), 1.0, (margins[0], margins[1]))
+
+    def predict_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
+        """High quantile of the time from `point` to the result.
+
+        bucket: position in `buckets`.
+        """
+        return self._forecast_ms(state, bucket, steps, point) * math.exp(state.margins[point].value)
+
+    def observe(
+        self,
+        state: LatencyState,
+        bucket: int,
+        steps: int,
+        stage_ms: Mapping[str, float],
+        elapsed_ms: float,
+    ) -> LatencyState:
+        """Learn from one tick that ran at position `bucket` with `steps` repeats.
+
+        A stage that did not run moves towards the card, so that a slow spell ends even when its
+        stage is avoided. Stages the model does not know are ignored.
+        """
+        scores = self._scores(state, bucket, steps, stage_ms, elapsed_ms)
+        margins = tuple(
+            margin if score is None else margin.observe(score)
+            for margin, score in zip(state.margins, scores, strict=True)
+        )
+        surprises = [
+            score - margin.value
+            for margin, score in zip(state.margins, scores, strict=True)
+            if score is not None
+        ]
+        surprised = bool(surprises) and surprises[0] > math.log(self.config.surprise)
+        weight = 1.0 if surprised else state.weight
+        drift = tuple(
+            self._drifted(state, stage, bucket, steps, stage_ms, weight)
+            for stage in range(len(self.stages))
+        )
+        following = max(self.config.drift_weight, weight / (1 + weight))
+        return LatencyState(drift, following, (margins[0], margins[1]))
+
+    def _forecast_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
+        row = self._p95_ms[bucket]
+        drift = state.log_drift
+        return max(
+            _SHORTEST_MS,
+            sum(
+                row[i] * math.exp(drift[i]) * (steps if repeats else 1)
+                for i, repeats in self._work[point]
+            ),
+        )
+
+    def _scores(
+        self,
+        state: LatencyState,
+        bucket: int,
+        steps: int,
+        stage_ms: Mapping[str, float],
+        elapsed_ms: float,
+    ) -> list[float | None]:
+        """log(took / forecast) for each Point, None where not all of its stages ran.
+
+        The first Point that ran is judged by the elapsed time, gaps between stages included.
+        """
+        scores: list[float | None] = []
+        taken_ms: float | None = elapsed_ms
+        for point in Point:
+            names = [self.stages[i] for i, _ in self._work[point]]
+            if not names or any(name not in stage_ms for name in names):
+                scores.append(None)
+                continue
+            took = sum(stage_ms[name] for name in names) if taken_ms is None else taken_ms
+            taken_ms = None
+            forecast = self._forecast_ms(state, bucket, steps, point)
+            scores.append(math.log(max(took, _SHORTEST_MS) / forecast))
+        return scores
+
+    def _drifted(
+        self,
+        state: LatencyState,
+        stage: int,
+        bucket: int,
+        steps: int,
+        stage_ms: Mapping[str, float],
+        weight: float,
+    ) -> float:
+        before = state.log_drift[stage]
+        took = stage_ms.get(self.stages[stage])
+        if took is None:
+            return before * (1 - self.config.drift_weight)
+        repeats = steps if (stage, True) in self._work[Point.ENCODE] else 1
+        card_ms = max(_SHORTEST_MS, self._p50_ms[bucket][stage] * repeats)
+        after = before + weight * (math.log(max(took, _SHORTEST_MS) / card_ms) - before)
+        limit = math.log(self.config.drift_limit)
+        return min(max(after, -limit), limit)
+
+
+def _by_bucket(
+    card: LatencyCard, stages: tuple[str, ...], field: str
+) -> tuple[tuple[float, ...], ...]:
+    """[bucket][stage] milliseconds, not falling with the bucket."""
+    columns = []
+    for stage in stages:
+        rows = [card.row(stage, bucket) for bucket in card.buckets]
+        columns.append(isotonic([getattr(r, field) for r in rows], [r.count for r in rows]))
+    return tuple(zip(*columns, strict=True))
+
+
+def _card_scores(
+    card: LatencyCard,
+    stages: tuple[str, ...],
+    steps: int,
+    work: tuple[tuple[int, bool], ...],
+    size: int,
+) -> tuple[float, ...]:
+    """The scores the card itself would give: its quantiles over its p95, all buckets in turn."""
+    stride = next(s for s in range(size * 5 // 8, size) if math.gcd(s, size) == 1)
+    scores = []
+    for i in range(size):
+        level = (i * stride % size + 0.5) / size
+        bucket = card.buckets[i % len(card.buckets)]
+        rows = [(card.row(stages[s], bucket), steps if r else 1) for s, r in work]
+        took = sum(row.at(level) * n for row, n in rows)
+        usual = sum(row.p95_ms * n for row, n in rows)
+        scores.append(math.log(max(took, _SHORTEST_MS) / max(usual, _SHORTEST_MS)))
+    return tuple(scores)
