@@ -63,11 +63,12 @@ class Signals:
         if self._declared is not None and signal not in self._declared:
             raise SignalError(
                 f"The reducer reads '{signal}' but declares only "
-                f"{sorted(self._declared) or 'no signals'}; add it to `needs`."
+                f"{', '.join(sorted(self._declared)) or 'no signals'}; add it to `needs`."
             )
         if signal not in self._values:
             raise SignalError(
-                f"Signal '{signal}' is not given here; given: {sorted(self._values) or 'none'}."
+                f"Signal '{signal}' is not given here; given: "
+                f"{', '.join(sorted(self._values)) or 'none'}."
             )
         self.read.add(signal)
         value = self._values[signal]
