@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,17 @@ def fitting(name: str, check: Callable[[], list[Case]]) -> list[Case]:
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         why = f"does not fit the format: {type(error).__name__}: {error}"
         return [Case(name, "failed", why)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For thousands of small operators, which cost less than handing them out to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def tensor(array: NDArray[Any]) -> Tensor:

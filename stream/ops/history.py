@@ -71,10 +71,9 @@ class AttentionHistory:
         else:
             value = attention.new_zeros(size)
             age_s = torch.full_like(value, torch.inf)
-        value[index] = attention
-        age_s[index] = 0.0
-        seen = torch.zeros_like(value, dtype=torch.bool)
-        seen[index] = True
+        value.index_copy_(0, index, attention)
+        age_s.index_fill_(0, index, 0.0)
+        seen = torch.zeros_like(value, dtype=torch.bool).index_fill_(0, index, True)
         glances = (*self.glances, Glance(value, age_s, seen, time_s))
         return AttentionHistory(epoch, self.pushed + 1, glances[-LONGEST:])
 

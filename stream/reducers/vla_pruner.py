@@ -136,12 +136,11 @@ class VLAPruner(Reducer):
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
         semantic = signals[SIGNAL_OF[self.semantic]].detach()
         x = tokens.x if self.layer is None else signals[Signal.INPUT_EMBEDDINGS]
-        x = x.detach().reshape(tokens.n, -1)
         history: AttentionHistory = memory.state.get(STATE, AttentionHistory())
         if self.mode != "default" and len(history.glances) < self.window:
             return Plan.identity(tokens.n, x.device)
         candidate, count = self.candidates(tokens, semantic, history, budget.tokens)
-        kept = _thin_out(_on_grid(x, tokens, 0.0), candidate, count, budget.tokens)
+        kept = _thin_out(_on_grid(x.detach(), tokens, 0.0), candidate, count, budget.tokens)
         return Plan.keep(picks.top(kept[tokens.index].byte(), budget.tokens), tokens.n)
 
     def candidates(
