@@ -98,6 +98,25 @@ def test_keeping_all_is_bit_equal(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["holitom", "fastv"])
+def test_bfloat16_keeps_its_dtype_and_is_bit_equal_too(family: str, name: str) -> None:
+    half = build(family).bfloat16()
+    inputs = inputs_of(family)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
+    plain = generate(half, inputs)
+    with attach(half, build_reducer(name, **KEEP_ALL.get(name, {})), retain=1.0):
+        whole = generate(half, inputs)
+    with attach(half, name, retain=0.3) as held:
+        pruned = generate(half, inputs)
+        (plan,) = held.plans[0]
+    assert apart(plain, whole) == 0.0
+    assert plan.k < plan.n
+    assert cache_lengths(pruned)[-1] < cache_lengths(plain)[-1]
+    assert {layer.keys.dtype for layer in pruned.past_key_values.layers} == {torch.bfloat16}
+    assert bool(torch.isfinite(torch.cat(pruned.logits)).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_itself_equals_the_untouched_model(family: str) -> None:
     """Otherwise agreement with it would mean little."""
     out = oracle_run(family, inputs_of(family), Oracle(eager(family).model.language_model.layers))
