@@ -14,6 +14,6 @@ One file about one thing:
 - `evaluate`   accuracy, whole and with tokens dropped
 - `dataset`    held-out clips as real mp4 files with a manifest
 
-The prompt is `<|im_start|>user <video> QUESTION <|im_end|><|im_start|>assistant`; white space, case and
-punctuation carry no tokens. The answer is one word followed by `<|im_end|>`.
+The prompt is `<|im_start|>user <video> QUESTION <|im_end|><|im_start|>assistant`; white space, case
+and punctuation carry no tokens. The answer is one word followed by `<|im_end|>`.
 """

@@ -1,7 +1,7 @@
 """Endless training batches: scene scripts, sampling times, position scales and tokenised questions.
 
-Every step draws its own frame count, tokens per frame and position scales, as real video models meet
-them; the number of frames in a step is constant, so a step costs about the same.
+Every step draws its own frame count, tokens per frame and position scales, as real video models
+meet them; the number of frames in a step is constant, so a step costs about the same.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sample_times(scenes: Sequence[Scene], n_frames: int, phase: float = 0.5) -> 
 
 
 def draw_scales(rng: random.Random, n_frames: int) -> list[float]:
-    """Half the videos keep stock positions; the rest lie closer, some unevenly from frame to frame."""
+    """Half the videos keep stock positions; the rest lie closer, some of them unevenly."""
     if rng.random() < 0.5:
         return [1.0] * n_frames
     scale = math.exp(rng.uniform(math.log(0.04), 0.0))

@@ -20,7 +20,7 @@ def degrade(frames: Tensor, generator: torch.Generator) -> Tensor:
 
     def per_video(low: float, high: float) -> Tensor:
         draw = torch.rand(b, generator=generator, device=frames.device) * (high - low) + low
-        return draw.repeat_interleave(t)[:, None, None, None]
+        return draw.repeat_interleave(t).view(-1, 1, 1, 1)
 
     rgb = frames.flatten(0, 1)
     y, cb, cr = _to_ycc(rgb * per_video(0.88, 1.12) + per_video(-0.04, 0.04))
@@ -30,7 +30,7 @@ def degrade(frames: Tensor, generator: torch.Generator) -> Tensor:
     chroma = _quantise(chroma.flatten(0, 1)[:, None], step.repeat_interleave(2, dim=0))
     chroma = F.interpolate(chroma.unflatten(0, (b * t, 2))[:, :, 0], scale_factor=2, mode="nearest")
     rgb = _to_rgb(y, chroma[:, :1], chroma[:, 1:]).clamp(0, 1)
-    return ((rgb * 255).round() / 255).unflatten(0, (b, t))
+    return ((rgb * 255).round() / 255).view(frames.shape)
 
 
 def _to_ycc(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:

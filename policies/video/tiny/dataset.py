@@ -2,20 +2,21 @@
 
     python -m policies.video.tiny.dataset --split heldout --n-videos 100 --out DIR
 
-A clip lasts 12 to 16 s at 12 frames a second. It depends on (split, index) only, so a folder that was
-interrupted is completed, and one that is complete is left alone.
+A clip lasts 12 to 16 s at 12 frames a second. It depends on (split, index) only, so a folder that
+was interrupted is completed, and one that is complete is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -65,7 +66,7 @@ def write_clip(scene: Scene, path: Path) -> None:
 
 
 def read_frames(path: Path, n_frames: int) -> Tensor:
-    """Uniformly sampled frames of a file, each from the middle of its share: [T, 3, 224, 224] in [0, 1]."""
+    """Frames of a file, each from the middle of its share: [T, 3, 224, 224] in [0, 1]."""
     with av.open(str(path)) as container:
         decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     chosen = ((np.arange(n_frames) + 0.5) / n_frames * len(decoded)).astype(int)
@@ -78,7 +79,8 @@ def build(split: Split, n_videos: int, out: Path, *, processes: int | None = Non
     out.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(n_videos) if not _clip_path(out, split, i).exists()]
     if missing:
-        with ProcessPoolExecutor(processes) as pool:
+        clean = multiprocessing.get_context("forkserver")  # a fork of a threaded torch may hang
+        with ProcessPoolExecutor(processes, mp_context=clean) as pool:
             jobs = [pool.submit(_write, split, index, out) for index in missing]
             for job in track(as_completed(jobs), f"writing {split} clips", total=len(jobs)):
                 job.result()
@@ -96,12 +98,18 @@ def build(split: Split, n_videos: int, out: Path, *, processes: int | None = Non
 
 def load(manifest: Path) -> list[Item]:
     """The items of a manifest, in order; videos are looked for beside it."""
-    items = []
-    for line in manifest.read_text().splitlines():
-        row = json.loads(line)
-        question = Question(row["type"], row["question"], row["answer"], tuple(row["choices"]))
-        items.append(Item(manifest.parent / row["video"], question))
-    return items
+    return [_item(json.loads(line), manifest) for line in manifest.read_text().splitlines()]
+
+
+def load_samples(checkpoint: Path) -> list[Item]:
+    """The questions about the clips that are shipped beside a checkpoint."""
+    listing = checkpoint / "samples" / "samples.json"
+    return [_item(row, listing) for row in json.loads(listing.read_text())]
+
+
+def _item(row: Mapping[str, Any], listing: Path) -> Item:
+    question = Question(row["type"], row["question"], row["answer"], tuple(row["choices"]))
+    return Item(listing.parent / row["video"], question)
 
 
 def by_video(items: Sequence[Item]) -> Mapping[Path, list[Item]]:

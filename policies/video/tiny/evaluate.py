@@ -33,7 +33,7 @@ Counts = dict[str, dict[str, list[int]]]  # condition -> type -> [right, asked]
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """B clips of T frames with Q questions each; `thing_tokens` only where the renderer knows them."""
+    """B clips of T frames with Q questions each; `thing_tokens` only of rendered clips."""
 
     frames: Tensor  # [B, T, 3, 224, 224] in [0, 1]
     question_ids: Tensor  # [B, Q, L]
@@ -72,12 +72,13 @@ def answers_right(
     states = question_states(model, visual, positions, start, clips.question_ids)
     at = clips.answer_at[..., None]
     asking = states.gather(2, (at - 1)[..., None].expand(-1, -1, -1, states.shape[-1]))[:, :, 0]
-    return model.lm_head(asking).argmax(-1) == clips.question_ids.gather(2, at)[..., 0]
+    said: Tensor = model.lm_head(asking).argmax(-1)
+    return said == clips.question_ids.gather(2, at)[..., 0]
 
 
 @torch.inference_mode()
 def judge(model: Model, clips: Clips, share: float | None) -> dict[str, Tensor]:
-    """Right or wrong by condition, each [B, Q]; without a share only the whole and the blank video."""
+    """Right or wrong by condition, each [B, Q]; without a share only whole and blank."""
     frames = clips.frames
     b, n_frames = frames.shape[:2]
     scale = torch.ones(b, n_frames, device=frames.device)
@@ -110,7 +111,9 @@ def tally(model: Model, groups: Iterable[Clips], share: float | None) -> Counts:
     counts: Counts = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for clips in groups:
         for condition, right in judge(model, clips, share).items():
-            for kind, ok in zip(clips.type_ids.flatten().tolist(), right.flatten().tolist(), strict=True):
+            for kind, ok in zip(
+                clips.type_ids.flatten().tolist(), right.flatten().tolist(), strict=True
+            ):
                 if kind >= 0:
                     cell = counts[condition][TYPES[kind]]
                     cell[0] += ok
@@ -119,7 +122,7 @@ def tally(model: Model, groups: Iterable[Clips], share: float | None) -> Counts:
 
 
 def summarise(counts: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, dict[str, float]]:
-    """Percentages by condition and type, with the mean over questions as `all` and their number `n`."""
+    """Percentages by condition and type; `all` is the mean over the `n` questions."""
     report: dict[str, dict[str, float]] = {}
     for condition, by_type in counts.items():
         right, asked = (sum(cell[i] for cell in by_type.values()) for i in (0, 1))
@@ -134,7 +137,10 @@ def print_report(report: Mapping[str, Mapping[str, float]], title: str) -> None:
     kinds = [kind for kind in ("all", *TYPES, "n") if any(kind in row for row in report.values())]
     for kind in kinds:
         table.add_column(kind, justify="right")
-    chance = {"all": 100 * sum(CHANCE.values()) / len(CHANCE), **{k: 100 * v for k, v in CHANCE.items()}}
+    chance = {
+        "all": 100 * sum(CHANCE.values()) / len(CHANCE),
+        **{k: 100 * v for k, v in CHANCE.items()},
+    }
     for condition, row in (*report.items(), ("chance", chance)):
         table.add_row(condition, *(f"{row[kind]:.0f}" if kind in row else "" for kind in kinds))
     Console(width=200).print(table)
@@ -156,8 +162,10 @@ def _rendered(batch: Batch, device: torch.device, noise: torch.Generator) -> Cli
     scenes, times_s = batch.scenes.map(lambda x: x.to(device)), batch.times_s.to(device)
     frames = degrade(render(scenes, times_s), noise)
     things = token_labels(scenes, times_s)["shape"] != 0
-    ids = (x.to(device) for x in (batch.question_ids, batch.answer_at, batch.type_ids))
-    return Clips(frames, *ids, thing_tokens=things.flatten(1).float())
+    question_ids, answer_at, type_ids = (
+        x.to(device) for x in (batch.question_ids, batch.answer_at, batch.type_ids)
+    )
+    return Clips(frames, question_ids, answer_at, type_ids, things.flatten(1).float())
 
 
 def decoded_clips(manifest: Path, n_frames: int, device: torch.device) -> Iterator[Clips]:
@@ -179,7 +187,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_checkpoint(args.checkpoint).to(device)
+    model = load_checkpoint(args.checkpoint)
+    model.to(device)  # type: ignore[arg-type]
     clips = decoded_clips(args.manifest, args.n_frames, device)
     report = summarise(tally(model, clips, args.share))
     print_report(report, f"{args.manifest}, {args.n_frames} frames")

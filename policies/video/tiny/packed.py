@@ -1,63 +1,73 @@
 """Many questions behind one visual prefix: the stock forward, computed once for the video.
 
 The sequence is `head | visual tokens, newline | question 0 | question 1 | ...`. The prefix attends
-causally to itself; each question attends to the whole prefix and causally to itself. So a question's
-hidden states are those of the stock model on that question alone, and a dozen questions cost little
-more than one. Positions are real numbers: tokens may lie closer than one apart.
+causally to itself; each question attends to the whole prefix and causally to itself. So a
+question's hidden states are those of the stock model on that question alone, and a dozen questions
+cost little more than one. Positions are real numbers: tokens may lie closer than one apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .modeling import START, Model, vocabulary
 
 HEAD_TOKENS = (START, "user")
+Layer = Any  # one of transformers' layers, whose attributes no type checker knows
 
-def vision_tower(model: Model) -> nn.Module:
-    tower = model.model.vision_tower
+
+def vision_tower(model: Model) -> Any:
+    tower: Any = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
 
-def vit_attend(layer: nn.Module, hidden: Tensor) -> Tensor:
+def vit_attend(layer: Layer, hidden: Tensor) -> Tensor:
     """What attention adds in one SigLIP encoder layer: [N, 784, d] -> [N, 784, d]."""
     q, k, v = vit_qkv(layer, hidden)
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return layer.self_attn.out_proj(mixed)
+    added: Tensor = layer.self_attn.out_proj(mixed)
+    return added
 
 
-def vit_finish(layer: nn.Module, hidden: Tensor, added: Tensor) -> Tensor:
+def vit_finish(layer: Layer, hidden: Tensor, added: Tensor) -> Tensor:
     """The layer's output, given what its attention adds: both [N, 784, d]."""
     hidden = hidden + added
-    return hidden + layer.mlp(layer.layer_norm2(hidden))
+    out: Tensor = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return out
 
 
-def vit_qkv(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def vit_qkv(layer: Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one layer, each [N, heads, 784, d_head]."""
     normed, attention = layer.layer_norm1(hidden), layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+    q, k, v = (
+        p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections
+    )
     return q, k, v
 
 
-def llm_project(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """Rotated queries and keys, and values, of one Qwen2 layer: [B, S, d] -> each [B, heads, S, d_head]."""
+def llm_project(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Rotated queries and keys, and values, of one Qwen2 layer, each [B, heads, S, d_head]."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+    q, k, v = (
+        p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections
+    )
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
-def llm_finish(layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:
-    """The rest of the layer after attention: rows [B, S, d] and mixed values [B, heads, S, d_head]."""
+def llm_finish(layer: Layer, hidden: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of the layer: rows [B, S, d] and mixed values [B, heads, S, d_head] -> [B, S, d]."""
     hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ def patch_states(model: Model, pixels: Tensor, run: Kernels = PLAIN) -> tuple[Te
 
 
 def received_attention(model: Model, pixels: Tensor) -> Tensor:
-    """Mean attention that each pooled token receives in the last vision layer: [N, 3, H, W] -> [N, 196]."""
+    """Mean attention each token receives in the last vision layer: [N, 3, H, W] -> [N, 196]."""
     tower = vision_tower(model)
     hidden = tower.embeddings(pixels)
     for layer in tower.encoder.layers[:-1]:
@@ -116,7 +126,8 @@ def received_attention(model: Model, pixels: Tensor) -> Tensor:
 def pool(tokens: Tensor, grid: int) -> Tensor:
     """Average 28 x 28 tokens into grid x grid: [N, 784, d] -> [N, grid**2, d].
 
-    At 14 it equals the stock model's bilinear pooling; other grids stand for other models' token counts.
+    At 14 it equals the stock model's bilinear pooling; other grids stand for other models' token
+    counts.
     """
     side = int(tokens.shape[1] ** 0.5)
     planes = tokens.mT.unflatten(-1, (side, side))
@@ -141,15 +152,17 @@ def frame_tokens(
     projected = model.model.multi_modal_projector(states)
     finest = pool(projected, 14)
     read = finest if grid == 14 else pool(projected, grid)
-    shaped = (x.unflatten(0, frames.shape[:2]).flatten(1, 2) for x in (read, finest, pool(added, 14)))
+    shaped = (
+        x.unflatten(0, frames.shape[:2]).flatten(1, 2) for x in (read, finest, pool(added, 14))
+    )
     return VisualTokens(*shaped)
 
 
 def visual_positions(frame_scale: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     """Positions when frame t's tokens lie `frame_scale[:, t]` apart: [B, T] -> [B, T * n + 1], [B].
 
-    The first holds the visual tokens and the newline, the second where a question starts. With every
-    scale at 1 they are the stock positions.
+    The first holds the visual tokens and the newline, the second where a question starts. With
+    every scale at 1 they are the stock positions.
     """
     n = grid * grid
     ends = frame_scale.cumsum(1) * n
@@ -172,7 +185,7 @@ def question_states(
     visual [B, V, d] without the newline, positions [B, V + 1] with it, start [B] the position of a
     question's first token, question_ids [B, Q, L] padded on the right -> [B, Q, L, d].
     """
-    llm = model.model.language_model
+    llm: Any = model.model.language_model
     b, n_questions, length = question_ids.shape
     ids = vocabulary()
     head = torch.stack([llm.embed_tokens.weight[ids[token]] for token in HEAD_TOKENS])
@@ -198,8 +211,9 @@ def question_states(
         if layer is llm.layers[-1]:
             hidden = hidden[:, n_prefix:]
         else:
-            prefix = (x[:, :, :n_prefix] for x in (q, k, v))
-            seen = F.scaled_dot_product_attention(*prefix, is_causal=True)
+            before_q, before_k, before_v = (x[:, :, :n_prefix] for x in (q, k, v))
+            seen = F.scaled_dot_product_attention(before_q, before_k, before_v, is_causal=True)
             mixed = torch.cat((seen, mixed), dim=2)
         hidden = run.finish(layer, hidden, mixed)
-    return llm.norm(hidden).unflatten(1, (n_questions, length))
+    states: Tensor = llm.norm(hidden)
+    return states.view(b, n_questions, length, -1)

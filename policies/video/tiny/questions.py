@@ -1,8 +1,8 @@
 """Questions with single-word answers, read off a scene script.
 
-Most types hinge on something small that is visible in 1 or 2 of the sampled frames; the rest on a small
-still or moving thing, on the order of events, or on the surface behind them. Within a type, each answer
-is as likely as any other, so a guess scores `CHANCE[type]`.
+Most types hinge on something small that is visible in 1 or 2 of the sampled frames; the rest on a
+small still or moving thing, on the order of events, or on the surface behind them. Within a type,
+each answer is as likely as any other, so a guess scores `CHANCE[type]`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def all_questions(scene: Scene, rng: random.Random) -> dict[str, list[Question]]
 
 
 def draw_questions(scene: Scene, n: int, rng: random.Random) -> list[Question]:
-    """`n` questions, as many types as there are; a question repeats only when nothing else is left."""
+    """`n` questions of as many types as there are; they repeat only when nothing else is left."""
     pools = [pool for pool in all_questions(scene, rng).values() if pool]
     rng.shuffle(pools)
     for pool in pools:
@@ -151,8 +151,8 @@ def _named(scene: Scene) -> list[Thing]:
 
 
 def _unique(scene: Scene, thing: Thing, attribute: str) -> bool:
-    value = getattr(thing, attribute)
-    return sum(getattr(other, attribute) == value for other in _named(scene)) == 1
+    values = [getattr(other, attribute) for other in _named(scene)]
+    return values.count(getattr(thing, attribute)) == 1
 
 
 def _color_of(kind: str, thing_kind: str) -> Callable[[Scene, random.Random], Iterator[Question]]:
@@ -189,7 +189,7 @@ def _order(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def _when(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """Stars that lie inside one quarter, by half a sampling interval where they come near its end."""
+    """Stars that lie inside one quarter, with some slack at its ends."""
     quarter_s = scene.duration_s / 4
     slack_s = 0.4 * scene.interval_s
     for star in scene.of("star"):
@@ -234,10 +234,10 @@ def _cut_color(scene: Scene, rng: random.Random) -> Iterator[Question]:
     first, last = scene.shots[0], scene.shots[-1]
     for shape in PLAIN_SHAPES:
         twins = [thing for thing in _named(scene) if thing.shape == shape]
-        if len(twins) == 2 and all(twin.kind == "still" for twin in twins) and first is not last:
-            if scene.shot_at(twins[0].start_s) is first and scene.shot_at(twins[1].start_s) is last:
-                yield _ask(rng, "cut_color", twins[0].color, shape=shape, end="first")
-                yield _ask(rng, "cut_color", twins[1].color, shape=shape, end="last")
+        shots = [scene.shot_at(twin.start_s) for twin in twins if twin.kind == "still"]
+        if len(twins) == 2 and shots == [first, last] and first is not last:
+            yield _ask(rng, "cut_color", twins[0].color, shape=shape, end="first")
+            yield _ask(rng, "cut_color", twins[1].color, shape=shape, end="last")
 
 
 def _surface(scene: Scene, rng: random.Random) -> Iterator[Question]:

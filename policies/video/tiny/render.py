@@ -1,7 +1,7 @@
 """Scene scripts to pixels: one renderer for training on a GPU and for writing files on a CPU.
 
-Backgrounds are drawn once a shot and gathered by frame. Things are drawn in small windows and added by
-one scatter; they never overlap, so the sum is exact.
+Backgrounds are drawn once a shot and gathered by frame. Things are drawn in small windows and added
+by one scatter; they never overlap, so the sum is exact.
 """
 
 from __future__ import annotations
@@ -46,36 +46,39 @@ class SceneBatch:
 
 def pack_scenes(scenes: Sequence[Scene]) -> SceneBatch:
     """Scripts to one batch of CPU tensors."""
-    shots, seeds, things = [], [], []
+    shots: list[tuple[float, ...]] = []
+    things: list[tuple[float, ...]] = []
+    seeds: list[int] = []
     for scene in scenes:
         last = scene.shots[-1]
         for i in range(MAX_SHOTS):
             shot = scene.shots[i] if i < len(scene.shots) else last
             start_s = shot.start_s if i < len(scene.shots) else float("inf")
-            look = (*shot.dark_rgb, *shot.light_rgb, shot.scale, shot.angle_rad)
-            shots.append((start_s, _SURFACE_ID[shot.surface], *look))
+            colors = (*shot.dark_rgb, *shot.light_rgb)
+            surface = _SURFACE_ID[shot.surface]
+            shots.append((start_s, surface, *colors, shot.scale, shot.angle_rad))
             seeds.append(shot.texture_seed)
         for thing in scene.things:
             look = (_SHAPE_ID[thing.shape], _COLOR_ID.get(thing.color, -1), *thing.rgb)
             motion = (thing.x_px, thing.y_px, thing.vx_px_s, thing.vy_px_s)
             things.append((*look, thing.start_s, thing.end_s, *motion, thing.diameter_px))
         things += [(0.0,) * 11 + (1.0,)] * (MAX_THINGS - len(scene.things))
-    shot = torch.tensor(shots).view(len(scenes), MAX_SHOTS, -1)
-    thing = torch.tensor(things).view(len(scenes), MAX_THINGS, -1)
+    s = torch.tensor(shots).view(len(scenes), MAX_SHOTS, -1)
+    k = torch.tensor(things).view(len(scenes), MAX_THINGS, -1)
     return SceneBatch(
-        shot_start_s=shot[..., 0],
-        shot_surface=shot[..., 1].long(),
-        shot_rgb=shot[..., 2:8].unflatten(-1, (2, 3)),
-        shot_scale=shot[..., 8],
-        shot_angle_rad=shot[..., 9],
+        shot_start_s=s[..., 0],
+        shot_surface=s[..., 1].long(),
+        shot_rgb=s[..., 2:8].unflatten(-1, (2, 3)),
+        shot_scale=s[..., 8],
+        shot_angle_rad=s[..., 9],
         shot_seed=torch.tensor(seeds).view(len(scenes), MAX_SHOTS),
-        thing_shape=thing[..., 0].long(),
-        thing_color=thing[..., 1].long(),
-        thing_rgb=thing[..., 2:5],
-        thing_span_s=thing[..., 5:7],
-        thing_xy_px=thing[..., 7:9],
-        thing_velocity_px_s=thing[..., 9:11],
-        thing_diameter_px=thing[..., 11],
+        thing_shape=k[..., 0].long(),
+        thing_color=k[..., 1].long(),
+        thing_rgb=k[..., 2:5],
+        thing_span_s=k[..., 5:7],
+        thing_xy_px=k[..., 7:9],
+        thing_velocity_px_s=k[..., 9:11],
+        thing_diameter_px=k[..., 11],
     )
 
 
@@ -124,11 +127,12 @@ def where_things_are(batch: SceneBatch, times_s: Tensor) -> tuple[Tensor, Tensor
 
 
 def token_labels(batch: SceneBatch, times_s: Tensor) -> dict[str, Tensor]:
-    """What each of the 14 x 14 tokens of a frame shows, each [B, T, 196] long, -100 where undefined.
+    """What each of the 14 x 14 tokens of a frame shows, each [B, T, 196] long, -100 where
+    undefined.
 
-    `color` and `shape` are 0 for background, 1 + id for a thing (undefined where a thing only grazes
-    the token or has no name); `surface` is the id of the shot's surface, `zone` that of the token's own
-    place; `row` and `column` are those of the nearest thing with a name.
+    `color` and `shape` are 0 for background, 1 + id for a thing (undefined where a thing only
+    grazes the token or has no name); `surface` is the id of the shot's surface, `zone` that of the
+    token's own place; `row` and `column` are those of the nearest thing with a name.
     """
     xy, visible = where_things_are(batch, times_s)
     half = 0.45 * batch.thing_diameter_px[:, None, :, None, None]
@@ -190,7 +194,7 @@ def _surfaces(batch: SceneBatch) -> Tensor:
         batch.shot_seed.flatten(),
     )[:, None]
     dark, light = batch.shot_rgb.flatten(0, 1)[..., None, None].unbind(1)
-    return torch.lerp(dark, light, value).unflatten(0, batch.shot_surface.shape)
+    return torch.lerp(dark, light, value).view(*batch.shot_surface.shape, 3, FRAME_PX, FRAME_PX)
 
 
 def _coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
@@ -215,4 +219,4 @@ def _coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     distance = torch.zeros(torch.broadcast_shapes(x.shape, y.shape, radius.shape), device=x.device)
     for index, kind in enumerate(kinds):
         distance = torch.where(shape == index, kind, distance)
-    return (0.5 - distance).clamp(0, 1)
+    return torch.clamp(0.5 - distance, 0, 1)

@@ -1,4 +1,4 @@
-"""The static surfaces: six procedural patterns, each drawn from a shot's own seed, scale and angle."""
+"""The static surfaces: six procedural patterns, drawn from a shot's seed, scale and angle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .world import FRAME_PX
 
 
 def lattice(seed: Tensor, rows: int, cols: int) -> Tensor:
-    """Uniform numbers in [0, 1) from an integer hash, equal on every device: [M] -> [M, rows, cols]."""
+    """Uniform numbers in [0, 1) from an integer hash: seeds [M] -> [M, rows, cols]."""
     cell = torch.arange(rows * cols, device=seed.device)
     mixed = (seed[:, None] * 7919 + cell * 104729 + rows * 613) & 0x7FFFFFFF
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 0x1B56C4E9)):

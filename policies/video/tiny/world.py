@@ -1,11 +1,12 @@
 """Seeded scene scripts: hard cuts between still shots, and small things that stay, move or flash.
 
 Time is continuous, in seconds. A scene is written for a *cadence*: sampled uniformly at `n_frames`
-frames, its still things last 4 to 10 frames, its stars and brief things 1 or 2. Every visible span is
-longer than one sampling interval, so what a question asks about is seen whatever the sampling phase.
+frames, its still things last 4 to 10 frames, its stars and brief things 1 or 2. Every visible span
+is longer than one sampling interval, so what a question asks about is seen whatever the sampling
+phase.
 
-Some pairs of colour and shape are *private* by construction (the only thing of that shape, or of that
-colour), so that a question can name them; every other thing distracts.
+Some pairs of colour and shape are *private* by construction (the only thing of that shape, or of
+that colour), so that a question can name them; every other thing distracts.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """A small object. `x_px, y_px` is its centre at `start_s`; it is drawn while start <= t < end."""
+    """A small object, centred at `x_px, y_px` at `start_s` and drawn while start <= t < end."""
 
     kind: Kind
     color: str
@@ -147,7 +148,15 @@ class _Builder:
 
     def _shots(self) -> tuple[Shot, ...]:
         rng = self.rng
-        weights = (1,) if self.n_frames < 8 else (4, 6) if self.n_frames < 12 else (2, 4, 3) if self.n_frames < 24 else (1, 2, 3, 4)
+        weights = (
+            (1,)
+            if self.n_frames < 8
+            else (4, 6)
+            if self.n_frames < 12
+            else (2, 4, 3)
+            if self.n_frames < 24
+            else (1, 2, 3, 4)
+        )
         n_shots = rng.choices(range(1, len(weights) + 1), weights)[0]
         spare = self.n_frames - 4 * n_shots
         shares = [rng.uniform(0.5, 1.5) for _ in range(n_shots)]
@@ -255,7 +264,13 @@ class _Builder:
             speed_px_s = rng.uniform(90.0, 150.0) / length_s
             velocity = (direction[0] * speed_px_s, direction[1] * speed_px_s)
             if self._place(
-                "mover", color, shape, start_s, start_s + length_s, rng.uniform(17.0, 23.0), velocity
+                "mover",
+                color,
+                shape,
+                start_s,
+                start_s + length_s,
+                rng.uniform(17.0, 23.0),
+                velocity,
             ):
                 return
 
@@ -269,7 +284,7 @@ class _Builder:
         diameter_px: float,
         velocity: tuple[float, float] = (0.0, 0.0),
     ) -> bool:
-        """Add a thing where it stays inside the frame and clear of the others; False if it cannot."""
+        """Add a thing inside the frame and clear of the others; False if it cannot be."""
         rng = self.rng
         zone = None if kind in ("mover", "pebble") else rng.choice(ZONES)
         x_px, y_px = _point(rng, zone)
