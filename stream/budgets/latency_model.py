@@ -52,8 +52,9 @@ class ModelConfig(Config):
 
     target_miss: rate at which a forecast may be exceeded.
     drift_weight: weight of the newest tick in the drift, once settled.
-    surprise: a tick this many times above its forecast means that the machine changed: the drift
-        starts over from this tick, with weights 1, 1/2, 1/3, ... until drift_weight.
+    surprise: a tick this many times above its forecast, or as far below what is usual, means that
+        the machine changed: the drift starts over from this tick, with weights 1, 1/2, 1/3, ...
+        until drift_weight.
     drift_limit: the drift stays within [1 / drift_limit, drift_limit].
     window: ticks whose spread the margin is taken from; at least 2 / target_miss is useful.
     rate: how far one miss moves the level of the margin.
@@ -63,8 +64,8 @@ class ModelConfig(Config):
     drift_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
     surprise: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.25
     drift_limit: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 16.0
-    window: Annotated[int, Field(ge=16, le=4096)] = 256
-    rate: Annotated[float, Field(gt=0, lt=1)] = 0.005
+    window: Annotated[int, Field(ge=16, le=4096)] = 512
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.002
 
 
 class Point(IntEnum):
@@ -160,15 +161,14 @@ class LatencyModel:
         """
         scores = self._scores(state, bucket, steps, stage_ms, elapsed_ms)
         margins = tuple(
-            margin if score is None else margin.observe(score)
+            margin.skip() if score is None else margin.observe(score)
             for margin, score in zip(state.margins, scores, strict=True)
         )
-        surprises = [
-            score - margin.value
+        by = math.log(self.config.surprise)
+        surprised = any(
+            score is not None and margin.surprised(score, by)
             for margin, score in zip(state.margins, scores, strict=True)
-            if score is not None
-        ]
-        surprised = bool(surprises) and surprises[0] > math.log(self.config.surprise)
+        )
         weight = 1.0 if surprised else state.weight
         drift = tuple(
             self._drifted(state, stage, bucket, steps, stage_ms, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from numpy.random import Generator
 from stream.budgets.conformal import Margin
 
 TICKS = 4000
+Draw = Callable[[Generator, int], np.ndarray]
 
 
 def normal(rng: Generator, n: int) -> np.ndarray:
@@ -37,7 +39,7 @@ def exceeded(margin: Margin, scores: np.ndarray) -> tuple[Margin, np.ndarray]:
 
 @pytest.mark.parametrize("target", [0.01, 0.05, 0.1])
 @pytest.mark.parametrize("draw", [normal, skewed, two_humps])
-def test_exchangeable_scores_exceed_it_at_the_target_rate(draw, target: float) -> None:  # type: ignore[no-untyped-def]
+def test_exchangeable_scores_exceed_it_at_the_target_rate(draw: Draw, target: float) -> None:
     rng = np.random.default_rng(7)
     margin = Margin.start(draw(rng, 256), target, 0.005)
     _, missed = exceeded(margin, draw(rng, TICKS))
@@ -75,6 +77,7 @@ def test_it_stays_finite_and_within_bounds(scores: list[float], target: float) -
         margin = following
         assert 0 <= margin.alpha <= 5 * target
         assert len(margin.scores) == 16
+        assert margin.ascending == tuple(sorted(margin.scores))
         assert -20 <= margin.value <= 20.2
 
 
@@ -83,3 +86,17 @@ def test_a_long_overload_is_forgotten_within_a_window() -> None:
     margin, _ = exceeded(Margin.start(normal(rng, 256), 0.01, 0.005), np.full(1000, 5.0))
     margin, _ = exceeded(margin, normal(rng, 300))
     assert margin.value < 0.5
+
+
+def test_ticks_without_a_score_count_as_hits() -> None:
+    margin = Margin.start([0.0] * 16, 0.1, 0.05).observe(1.0)
+    following = margin.skip()
+    assert following.alpha == pytest.approx(margin.alpha + 0.05 * 0.1)
+    assert following.scores == margin.scores
+
+
+def test_surprises_lie_beyond_the_margin_or_as_far_below() -> None:
+    margin = Margin.start([i / 100 for i in range(101)], 0.1, 0.005)
+    assert margin.value == pytest.approx(0.91)
+    found = [margin.surprised(score, 0.2) for score in (1.15, 1.0, 0.5, 0.0, -0.15)]
+    assert found == [True, False, False, False, True]
