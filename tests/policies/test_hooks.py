@@ -15,7 +15,9 @@ from policies.attach import attach
 from policies.hooks import lift
 from stream.errors import AttachError
 from stream.plan import Plan
+from stream.reducers.base import Reducer
 from stream.reducers.inner_merge import InnerMerge
+from stream.reducers.saliency import Saliency
 from stream.registry import build_reducer, reducer_class, reducer_names
 
 from .oracle import (
@@ -38,7 +40,22 @@ KEEP_ALL: dict[str, dict[str, Any]] = {
     "holitom": {"inner": InnerMerge(drop=0.0)},
     "inner_merge": {"drop": 0.0},
 }
+
+
+class Chain(Saliency):
+    """Three stages that all shrink: before the model and twice inside it."""
+
+    @property
+    def stages(self) -> tuple[Reducer, ...]:
+        return self, InnerMerge(layer=2, drop=0.3), InnerMerge(layer=4)
+
+
+def reducer_of(name: str, settings: dict[str, Any]) -> Reducer:
+    return Chain() if name == "chain" else build_reducer(name, **settings)
+
+
 DROPS: list[tuple[str, dict[str, Any]]] = [
+    ("chain", {}),
     ("fastv", {"layer": 1}),
     ("fastv", {"layer": 2}),
     ("fastv", {"layer": 5}),
@@ -134,7 +151,7 @@ def test_a_shorter_sequence_equals_the_mask_oracle(
 ) -> None:
     inputs = inputs_of(family)
     slots, length = video_slots(inputs, family), inputs["input_ids"].shape[1]
-    reducer = build_reducer(name, **settings)
+    reducer = reducer_of(name, settings)
     with watching() as seen, attach(model(family), reducer, retain=0.3) as held:
         out = generate(model(family), inputs)
         lengths, (plan,) = held.lengths, held.plans[0]
@@ -298,10 +315,12 @@ def one_of(inputs: dict[str, Tensor], row: int, batch: int) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["fastv", "inner_merge", "saliency", "holitom", "uniform"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "inner_merge", "saliency", "holitom", "uniform", "chain"]
+)
 def test_left_padding_changes_nothing(family: str, name: str) -> None:
     inputs = inputs_of(family)
-    with attach(model(family), name, retain=0.3) as held:
+    with attach(model(family), reducer_of(name, {}), retain=0.3) as held:
         plain = generate(model(family), inputs)
         (plan,) = held.plans[0]
         behind = generate(model(family), padded(inputs, 3))
@@ -313,10 +332,12 @@ def test_left_padding_changes_nothing(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("name", ["fastv", "inner_merge", "saliency", "holitom", "random_keep"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "inner_merge", "saliency", "holitom", "random_keep", "chain"]
+)
 def test_a_batch_equals_single_runs(family: str, name: str, positions: Any) -> None:
     batch = inputs_of(family, batch=2)
-    with attach(model(family), name, retain=0.3, positions=positions) as held:
+    with attach(model(family), reducer_of(name, {}), retain=0.3, positions=positions) as held:
         both = generate(model(family), batch)
         plans = [row[0] for row in held.plans]
         for row in range(2):
@@ -329,7 +350,7 @@ def test_a_batch_equals_single_runs(family: str, name: str, positions: Any) -> N
         assert not plans[0].same_as(plans[1])
 
 
-@pytest.mark.parametrize("name", ["fastv", "saliency"])
+@pytest.mark.parametrize("name", ["fastv", "saliency", "chain"])
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_a_batch_of_prompts_of_different_length_equals_single_runs(
     name: str, positions: Any
@@ -338,7 +359,7 @@ def test_a_batch_of_prompts_of_different_length_equals_single_runs(
     family = "llava_onevision"
     long, short = inputs_of(family, suffix=9), inputs_of(family, suffix=5)
     both = {key: torch.cat([long[key], padded(short, 4)[key]]) for key in long}
-    with attach(model(family), name, retain=0.3, positions=positions):
+    with attach(model(family), reducer_of(name, {}), retain=0.3, positions=positions):
         together = generate(model(family), both)
         for row, alone in enumerate((long, short)):
             single = generate(model(family), alone)
@@ -414,7 +435,7 @@ def test_two_videos_in_one_prompt_equal_the_oracle(family: str, name: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["fastv", "inner_merge", "saliency", "holitom"])
+@pytest.mark.parametrize("name", ["fastv", "inner_merge", "saliency", "holitom", "chain"])
 def test_a_second_prompt_on_a_pruned_cache_equals_the_oracle(family: str, name: str) -> None:
     inputs = inputs_of(family)
     slots = video_slots(inputs, family)
@@ -432,7 +453,7 @@ def test_a_second_prompt_on_a_pruned_cache_equals_the_oracle(family: str, name: 
         }
         return first, generate(runner, second)
 
-    with watching() as seen, attach(model(family), name, retain=0.3):
+    with watching() as seen, attach(model(family), reducer_of(name, {}), retain=0.3):
         first, second = both_turns(model(family))
     layers = eager(family).model.language_model.layers
     with Oracle(layers, stages_of(seen, slots, DEPTH)).attached():
