@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import SourceError
 from . import holitom, vla_pruner
-from .cases import Case, Verdict
+from .cases import Case, Verdict, one_thread
 
 __all__ = ["Case", "Verdict", "check_folder"]
 
@@ -43,4 +43,5 @@ def _check_file(path: Path) -> list[Case]:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         return [Case("file", "failed", f"cannot be read: {error}")]
-    return holitom.cases(arrays) + vla_pruner.cases(arrays) or [_UNKNOWN]
+    with one_thread():
+        return holitom.cases(arrays) + vla_pruner.cases(arrays) or [_UNKNOWN]

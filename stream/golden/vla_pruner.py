@@ -24,7 +24,7 @@ from ..ops.history import AttentionHistory
 from ..reducers.base import reduce_stage
 from ..reducers.vla_pruner import SIGNAL_OF, STATE, Semantic, VLAPruner, query_rows
 from ..signals import Signal, Signals
-from .cases import Arrays, Case, differs, fitting, one_thread, tensor
+from .cases import Arrays, Case, differs, fitting, tensor
 
 SETTING = r"(released|recency)_(f32|bf16)"
 STEPS = re.compile(rf"(vp_{SETTING}_(last|prefill|text)_(open|closed)_k(\d+))_\w+")
@@ -36,7 +36,6 @@ DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"f32": "float32", "bf16": "
 FLOAT32_RTOL, BFLOAT16_STEP = 1e-5, 2.0**-7
 
 
-@one_thread()
 def cases(arrays: Arrays) -> list[Case]:
     """All cases of a file; none if it holds no array of this method."""
     found: list[Case] = []
