@@ -16,14 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import policies.hooks
 from stream.data import Budget, VisualTokens
 from stream.memory import Memory
 from stream.plan import Plan
-from stream.reducers.base import Reducer
+from stream.reducers.base import Reducer, reduce_stage
 from stream.signals import Signal, Signals
-
-from . import tiny_models
+from tests.policies import tiny_models
 
 NEW = 6
 GREEDY = {
@@ -59,12 +57,11 @@ class Seen:
 def watching() -> Iterator[list[Seen]]:
     """Every stage that runs inside the block, in order."""
     seen: list[Seen] = []
-    real = policies.hooks.reduce_stage
 
     def watched(
         reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
     ) -> Plan:
-        plan = real(reducer, tokens, signals, budget, memory)
+        plan = reduce_stage(reducer, tokens, signals, budget, memory)
         one = Seen(reducer, tokens, plan)
         if Signal.SALIENCY in reducer.needs:
             one.saliency = signals[Signal.SALIENCY].clone()
@@ -74,7 +71,7 @@ def watching() -> Iterator[list[Seen]]:
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policies.hooks, "reduce_stage", watched)
+        patch.setattr("policies.hooks.reduce_stage", watched)
         yield seen
 
 

@@ -26,8 +26,7 @@ from stream.reducers.base import Reducer, Site
 from stream.reducers.fastv import FastV
 from stream.reducers.saliency import Saliency
 from stream.signals import Signal, Signals
-
-from .oracle import FAMILIES, apart, build, generate, inputs_of
+from tests.policies.oracle import FAMILIES, apart, build, generate, inputs_of
 
 SHORT = {"max_new_tokens": 2, "min_new_tokens": 2}
 

@@ -19,8 +19,7 @@ from stream.reducers.base import Reducer
 from stream.reducers.inner_merge import InnerMerge
 from stream.reducers.saliency import Saliency
 from stream.registry import build_reducer, reducer_class, reducer_names
-
-from .oracle import (
+from tests.policies.oracle import (
     FAMILIES,
     NEW,
     Oracle,
@@ -101,7 +100,7 @@ def test_keeping_all_is_bit_equal(family: str, name: str) -> None:
     with torch.no_grad():
         plain = build(family)(**inputs).logits
     for positions in ("keep", "renumber"):
-        with attach(model(family), reducer, retain=1.0, positions=positions) as held:  # type: ignore[arg-type]
+        with attach(model(family), reducer, retain=1.0, positions=positions) as held:
             out = generate(model(family), inputs)
             with torch.no_grad():
                 forward = model(family)(**inputs).logits

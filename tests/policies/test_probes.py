@@ -16,9 +16,8 @@ from policies.attach import attach
 from policies.probes import column_mean, last_row, probing
 from stream.data import PatchGrid
 from stream.errors import AttachError
-
-from .oracle import build, generate, inputs_of, watching
-from .tiny_models import VIDEO_ID
+from tests.policies.oracle import build, generate, inputs_of, watching
+from tests.policies.tiny_models import VIDEO_ID
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

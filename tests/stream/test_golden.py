@@ -57,7 +57,7 @@ def check_changed(
 def flipped(name: str, key: str, by: float) -> NDArray[Any]:
     """The array with its middle value moved."""
     with np.load(FOLDER / name) as stored:
-        array = stored[key].copy()
+        array: NDArray[Any] = stored[key].copy()
     array.reshape(-1)[array.size // 2] += np.asarray(by).astype(array.dtype)
     return array
 

@@ -197,7 +197,7 @@ def test_merge_sorts_entries_by_row_and_keeps_their_order_inside() -> None:
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
-    good = {
+    good: dict[str, Any] = {
         "anchor": torch.tensor([0, 2]),
         "n": 3,
         "row": torch.tensor([0, 1]),

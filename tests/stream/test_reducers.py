@@ -262,19 +262,19 @@ def slow_holitom(tokens: VisualTokens, saliency: Tensor, k: int, how: HoliTom) -
     rows = []
     for segment in segments:
         inside = range(segment.start, segment.stop - 1)
-        still = [p for p in range(size) if len(inside) and all(holds[t][p] for t in inside)]
+        held_still = [p for p in range(size) if len(inside) and all(holds[t][p] for t in inside)]
         share = 1 / len(segment)
         units = [
             Row(
                 segment.start * size + p,
                 {t * size + p: share for t in range(segment.start, segment.stop)},
             )
-            for p in still
+            for p in held_still
         ]
-        count = round(len(still) * ratio)
+        count = round(len(held_still) * ratio)
         rows += slow_merge(units, x, count, min(how.neighbours, count), how)
         for t in range(segment.start, segment.stop):
-            moving = [t * size + p for p in range(size) if p not in still]
+            moving = [t * size + p for p in range(size) if p not in held_still]
             total = math.ceil(len(moving) * ratio)
             direct = round(total * (1 - how.contextual))
             ranked = sorted(moving, key=lambda i: (-float(saliency[i]), i))

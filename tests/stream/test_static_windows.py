@@ -78,7 +78,7 @@ def drawn_links(rng: np.random.Generator, frames: int) -> Links:
     links = rng.random((frames - 1, patches)) < rate
     if rng.random() < 0.4 and frames > 2:  # blocks: equal gains at several cuts
         links = np.repeat(links[::2], 2, axis=0)[: frames - 1]
-    return links
+    return np.asarray(links, bool)
 
 
 def test_offline_is_the_exhaustive_optimum_ties_included() -> None:
