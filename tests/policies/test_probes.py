@@ -136,14 +136,19 @@ def test_qwen_saliency_equals_eager_column_means(
 
 
 def test_qwen_saliency_of_videos_of_different_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two grids in one vision pass; each video gets its own part."""
-    thw = torch.tensor([[2, 6, 8], [3, 4, 4]])
+    """Two grids in one vision pass; each video gets its own part.
+
+    Three windows in a row make an order that is not its own inverse.
+    """
+    thw = torch.tensor([[2, 4, 12], [3, 4, 4]])
     pixels = drawn(int(thw.prod(1).sum()), 3 * 2 * 4 * 4)
     model = build("qwen2_5_vl")
     adapter, tap = adapter_for(model), SaliencyTap()
     with adapter.saliency(tap), torch.no_grad():
         model.model.visual(pixels, thw)
-    grids = [PatchGrid(2, 3, 4), PatchGrid(3, 2, 2)]
+    order, _ = model.model.visual.get_window_index(thw)
+    assert not torch.equal(order, order.argsort())
+    grids = [PatchGrid(2, 2, 6), PatchGrid(3, 2, 2)]
     parts = adapter.pooled_saliency(tap.take(), grids)
     assert [part.numel() for part in parts] == [24, 12]
     expected = qwen_saliency(pixels, thw, monkeypatch)
