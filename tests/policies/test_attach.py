@@ -415,3 +415,15 @@ def test_a_users_own_reducer_can_be_attached() -> None:
     with attach(model, Loudest(), tokens=5) as held:
         generate(model, inputs, **SHORT)
         assert held.lengths == [46, *[15] * 5]
+
+
+def test_saliency_that_nobody_reads_does_not_pile_up() -> None:
+    """With room for all tokens no stage asks for it."""
+    model, inputs = build("qwen2_5_vl"), inputs_of("qwen2_5_vl")
+    with attach(model, "saliency", retain=1.0) as held:
+        sizes = []
+        for _ in range(3):
+            generate(model, inputs, **SHORT)
+            sizes.append(len(held._tap._parts))
+    assert sizes == [sizes[0]] * 3
+    assert sizes[0] > 0
