@@ -74,6 +74,54 @@ def ask(
 
 
 @app.command()
+def batch(
+    manifest: Annotated[
+        Path, typer.Argument(help=".jsonl, .csv, .parquet or .json: video, question, options, id.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")],
+    model: Annotated[str | None, typer.Option(help="Name in the box, folder or hub name.")] = None,
+    reducer: Annotated[str | None, typer.Option(help="See `foveate methods`.")] = None,
+    retain: Annotated[float | None, typer.Option(help="Share of visual tokens to keep.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second instead.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    runner: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Models at work at once, over Ray.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Where relative paths start; else the manifest's folder.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the reduced tokens.")] = None,
+    retry_errors: Annotated[bool, typer.Option(help="Try failed videos again.")] = False,
+    config: Annotated[Path, typer.Option(help="YAML file to start from.")] = (
+        CONFIGS / "batch" / "default.yaml"
+    ),
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: cache_gb=50")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a manifest of questions, each video seen once; a killed run goes on where it was."""
+    from stream.config import load
+
+    from .commands import batch as command
+
+    given = {
+        "model": model,
+        "reducer": reducer,
+        "retain": retain,
+        "frames": frames,
+        "fps": fps,
+        "device": device,
+        "runner": runner,
+        "workers": workers,
+    }
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load(config, command.BatchConfig, [*(override or ()), *options])
+    command.batch(manifest, out, settings, videos, cache, address, retry_errors, as_json)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/demo"),
     runner: Annotated[str, typer.Option(help="ray or inline.")] = "ray",
@@ -148,7 +196,7 @@ def bench_quality(
     retain: Annotated[str, typer.Option(help="Shares by comma.")] = "1,0.25,0.2,0.15,0.1,0.05",
     videos: Annotated[int, typer.Option(help="Videos; each has about 12 questions.")] = 100,
     frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
-    split: Annotated[str, typer.Option(help="heldout, or validation for tuning.")] = "heldout",
+    split: Annotated[str, typer.Option(help="heldout, or train for tuning.")] = "heldout",
     positions: Annotated[str, typer.Option(help="keep or renumber.")] = "keep",
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...")] = None,
     workers: Annotated[int, typer.Option(help="Processes; more than one disturbs the ms.")] = 1,

@@ -23,4 +23,4 @@ def test_reducer_variants_build(name: str) -> None:
 
 def test_every_config_belongs_to_a_tested_kind() -> None:
     kinds = {p.parent.name for p in CONFIGS.rglob("*.yaml")}
-    assert kinds <= {"ask", "reducers"}
+    assert kinds <= {"ask", "batch", "reducers"}
