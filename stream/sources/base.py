@@ -170,7 +170,8 @@ def open_source(
     *,
     timeout_s: float = PIPE_TIMEOUT_S,
 ) -> Source:
-    """Open a folder of images, an image, a video file or a named pipe that carries a video.
+    """Open a folder of images, an image, a video file, a named pipe that carries a video, or the
+    address of a live source (see `live_address.py`; `live.Live` takes settings and tells more).
 
     timeout_s: how long a pipe may give no data before it counts as ended.
     Raises SourceError when nothing can be read there; the text says what to do.
@@ -180,12 +181,15 @@ def open_source(
             f"There is no decoder {decoder!r}; there are {', '.join(get_args(Decoder))}."
         )
     name = os.fspath(path)
-    if "://" in name:
-        # Live sources (rtsp, http, cameras) branch off here.
-        raise SourceError(
-            f"{without_credentials(name)} is an address; a video file, an image or a folder of "
-            "images can be opened. Save the video to a file and give its path."
-        )
+    if is_live(name):
+        if decoder == "decord":
+            raise SourceError(
+                f"{without_credentials(name)} is live, which decord cannot read; use the decoder "
+                "pyav for it."
+            )
+        from .live import Live
+
+        return Live(name)
     kind = _kind(name)
     if kind == "folder":
         from .images import ImageFolder
@@ -212,10 +216,39 @@ def open_source(
     return VideoFile(Path(name))
 
 
+def is_live(name: str) -> bool:
+    """Whether `name` is the address of a live source, well formed or not, and not a path."""
+    return (
+        "://" in name
+        or name == "-"
+        or name.startswith(("camera:", "lavfi:"))
+        or re.fullmatch(r"/dev/video\d+", name) is not None
+    )
+
+
 def without_credentials(text: str) -> str:
-    """`text` with the user and password of every address in it, and its query, left out."""
-    text = re.sub(r"(\w+://)[^/\s]*@", r"\1", text)
-    return re.sub(r"(\w+://[^\s?#]*)[?#]\S*", r"\1", text)
+    """`text` with what may be secret in its addresses left out: user, password, query, and the
+    values of such names as `password=` in a path.
+
+    Where a '@' follows a bare '/', '?' or '#', any part may be a password: all of it is left out.
+    """
+    return _ADDRESS.sub(_public_part, text)
+
+
+_ADDRESS = re.compile(r"(\w[\w+.-]*\\*://)(\S+)")
+_SECRET_VALUE = re.compile(
+    r"((?:user(?:name)?|login|pass(?:word|wd)?|pwd|token|key|auth|secret|sig(?:nature)?)=)[^&;/\s]*",
+    re.IGNORECASE,
+)
+
+
+def _public_part(address: re.Match[str]) -> str:
+    scheme, rest = address.groups()
+    before, _, rest = rest.rpartition("@")
+    if re.search("[/?#]", before):
+        return f"{scheme}***"
+    rest = re.split("[?#]", rest, maxsplit=1)[0]
+    return scheme + _SECRET_VALUE.sub(r"\1***", rest)
 
 
 def refuse_oversize(name: str, width: int, height: int) -> None:
