@@ -60,11 +60,6 @@ class Margin:
         """The margin after a tick without a score: a hit, since nothing was exceeded."""
         return replace(self, alpha=self._moved(missed=False))
 
-    def surprised(self, score: float, by: float) -> bool:
-        """Whether a score lies more than `by` above the margin, or as far below the median."""
-        middle = self.ascending[len(self.ascending) // 2]
-        return abs(score - middle) > self.value - middle + by
-
     def _moved(self, missed: bool) -> float:
         alpha = self.alpha + self.rate * (self.target - missed)
         return min(max(alpha, 0.0), 5 * self.target)

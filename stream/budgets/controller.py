@@ -12,8 +12,10 @@ The ladder is walked from the top; the first rung whose precondition holds is th
                            only `reset` leaves it
 
 On CHUNK_TAIL and HOLD the floor's bucket is still computed with the fewest steps while there is a
-new frame and time left: it ends late and says so, but the next ticks have something to act on,
-and the model sees a slow spell end.
+new frame and time left. It is announced as late, since in time is all a forecast can promise; when
+it does come in time it is used like any other result. So the next ticks have something to act on,
+and the model sees a slow spell end. For a stream that only looks, HOLD means that the last answer
+stands.
 
 Buckets fall at once and rise one at a time, after `rise_after` ticks in a row that had room.
 """

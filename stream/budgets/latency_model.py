@@ -1,9 +1,11 @@
 """How long the rest of a tick will take: the card, corrected by what this run showed.
 
-forecast = sum over remaining stages of (repeats x p95 on the card x drift of the stage), times
-exp(margin). The drift follows the machine (clocks, neighbours, heat); the margin makes the
-forecast a quantile that is exceeded at the stated rate. Adding p95s assumes that stages are slow
-together, which overstates the sum when they are not; the margin takes that back.
+median = sum over remaining stages of repeats x p50 on the card x drift of the stage
+forecast = median x exp(2 x spread + margin)
+
+The drift follows how fast the machine is (clocks, heat, neighbours), the spread how steady it is:
+the first at once, the second within some thirty ticks. The margin, learnt from what remains, makes
+the forecast a quantile that is exceeded at the stated rate.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from .conformal import Margin
 from .latency_card import LatencyCard, Name, isotonic
 
 _SHORTEST_MS = 1e-3
+_SPREADS = 2.0
+_CLIP = 4.0  # one spike is no unsteadiness
+_STEADIEST, _LOOSEST = 0.005, 1.0
 
 
 class Stages(Config):
@@ -51,17 +56,17 @@ class ModelConfig(Config):
     """How fast the model learns.
 
     target_miss: rate at which a forecast may be exceeded.
-    drift_weight: weight of the newest tick in the drift, once settled.
-    surprise: a tick this many times above its forecast, or as far below what is usual, means that
-        the machine changed: the drift starts over from this tick, with weights 1, 1/2, 1/3, ...
-        until drift_weight.
+    weight: of the newest tick in the drift, once settled; the spread gives it half as much.
+    surprise: a tick this many times above its forecast, or as far below its median as that is
+        above it, means that the machine changed: the drift starts over from this tick, with
+        weights 1, 1/2, 1/3, ... until `weight`.
     drift_limit: the drift stays within [1 / drift_limit, drift_limit].
     window: ticks whose spread the margin is taken from; at least 2 / target_miss is useful.
     rate: how far one miss moves the level of the margin.
     """
 
     target_miss: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
-    drift_weight: Annotated[float, Field(gt=0, le=1)] = 0.1
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.1
     surprise: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.25
     drift_limit: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 16.0
     window: Annotated[int, Field(ge=16, le=4096)] = 512
@@ -81,11 +86,13 @@ class LatencyState:
 
     log_drift: for each stage, log of the factor on the card's times.
     weight: of the next tick in the drift.
-    margins: log factor on the forecast, for each Point.
+    spreads: for each Point, how far the log of a tick's time usually lies from its median.
+    margins: for each Point, log factor on top of two spreads.
     """
 
     log_drift: tuple[float, ...]
     weight: float
+    spreads: tuple[float, float]
     margins: tuple[Margin, Margin]
 
 
@@ -99,7 +106,6 @@ class LatencyModel:
     buckets: tuple[int, ...]
     _work: tuple[tuple[tuple[int, bool], ...], tuple[tuple[int, bool], ...]]
     _p50_ms: tuple[tuple[float, ...], ...]
-    _p95_ms: tuple[tuple[float, ...], ...]
     _prior: tuple[tuple[float, ...], tuple[float, ...]]
 
     @classmethod
@@ -120,31 +126,36 @@ class LatencyModel:
             )
         every = tuple((i, stage == stages.step) for i, stage in enumerate(stages.names))
         work = (every, every[len(stages.prefix) :])
-        prior = tuple(_card_scores(card, stages.names, steps, w, config.window) for w in work)
+        prior = tuple(_card_logs(card, stages.names, steps, w, config.window) for w in work)
         return cls(
             config,
             card.label(device),
             stages.names,
             card.buckets,
             work,
-            _by_bucket(card, stages.names, "p50_ms"),
-            _by_bucket(card, stages.names, "p95_ms"),
+            _medians_ms(card, stages.names),
             (prior[0], prior[1]),
         )
 
     def start(self) -> LatencyState:
+        spreads = [_within(_median([abs(log) for log in logs])) for logs in self._prior]
         margins = [
-            Margin.start(scores, self.config.target_miss, self.config.rate)
-            for scores in self._prior
+            Margin.start(
+                [log - _SPREADS * spread for log in logs], self.config.target_miss, self.config.rate
+            )
+            for logs, spread in zip(self._prior, spreads, strict=True)
         ]
-        return LatencyState((0.0,) * len(self.stages), 1.0, (margins[0], margins[1]))
+        return LatencyState(
+            (0.0,) * len(self.stages), 1.0, (spreads[0], spreads[1]), (margins[0], margins[1])
+        )
 
     def predict_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
         """High quantile of the time from `point` to the result.
 
         bucket: position in `buckets`.
         """
-        return self._forecast_ms(state, bucket, steps, point) * math.exp(state.margins[point].value)
+        above = _SPREADS * state.spreads[point] + state.margins[point].value
+        return self._median_ms(state, bucket, steps, point) * math.exp(above)
 
     def observe(
         self,
@@ -159,26 +170,29 @@ class LatencyModel:
         A stage that did not run moves towards the card, so that a slow spell ends even when its
         stage is avoided. Stages the model does not know are ignored.
         """
-        scores = self._scores(state, bucket, steps, stage_ms, elapsed_ms)
-        margins = tuple(
-            margin.skip() if score is None else margin.observe(score)
-            for margin, score in zip(state.margins, scores, strict=True)
-        )
-        by = math.log(self.config.surprise)
-        surprised = any(
-            score is not None and margin.surprised(score, by)
-            for margin, score in zip(state.margins, scores, strict=True)
-        )
+        logs = self._logs(state, bucket, steps, stage_ms, elapsed_ms)
+        margins, spreads, surprised = [], [], False
+        for point, log in zip(Point, logs, strict=True):
+            margin, spread = state.margins[point], state.spreads[point]
+            if log is None:
+                margins.append(margin.skip())
+                spreads.append(spread)
+                continue
+            above = _SPREADS * spread + margin.value
+            surprised |= abs(log) > above + math.log(self.config.surprise)
+            margins.append(margin.observe(log - _SPREADS * spread))
+            ratio = min(max(abs(log) / spread, 1 / _CLIP), _CLIP)
+            spreads.append(_within(spread * ratio ** (self.config.weight / 2)))
         weight = 1.0 if surprised else state.weight
         drift = tuple(
             self._drifted(state, stage, bucket, steps, stage_ms, weight)
             for stage in range(len(self.stages))
         )
-        following = max(self.config.drift_weight, weight / (1 + weight))
-        return LatencyState(drift, following, (margins[0], margins[1]))
+        following = max(self.config.weight, weight / (1 + weight))
+        return LatencyState(drift, following, (spreads[0], spreads[1]), (margins[0], margins[1]))
 
-    def _forecast_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
-        row = self._p95_ms[bucket]
+    def _median_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
+        row = self._p50_ms[bucket]
         drift = state.log_drift
         return max(
             _SHORTEST_MS,
@@ -188,7 +202,7 @@ class LatencyModel:
             ),
         )
 
-    def _scores(
+    def _logs(
         self,
         state: LatencyState,
         bucket: int,
@@ -196,22 +210,22 @@ class LatencyModel:
         stage_ms: Mapping[str, float],
         elapsed_ms: float,
     ) -> list[float | None]:
-        """log(took / forecast) for each Point, None where not all of its stages ran.
+        """log(took / median) for each Point, None where not all of its stages ran.
 
         The first Point that ran is judged by the elapsed time, gaps between stages included.
         """
-        scores: list[float | None] = []
+        logs: list[float | None] = []
         taken_ms: float | None = elapsed_ms
         for point in Point:
             names = [self.stages[i] for i, _ in self._work[point]]
             if not names or any(name not in stage_ms for name in names):
-                scores.append(None)
+                logs.append(None)
                 continue
             took = sum(stage_ms[name] for name in names) if taken_ms is None else taken_ms
             taken_ms = None
-            forecast = self._forecast_ms(state, bucket, steps, point)
-            scores.append(math.log(max(took, _SHORTEST_MS) / forecast))
-        return scores
+            median = self._median_ms(state, bucket, steps, point)
+            logs.append(math.log(max(took, _SHORTEST_MS) / median))
+        return logs
 
     def _drifted(
         self,
@@ -225,7 +239,7 @@ class LatencyModel:
         before = state.log_drift[stage]
         took = stage_ms.get(self.stages[stage])
         if took is None:
-            return before * (1 - self.config.drift_weight)
+            return before * (1 - self.config.weight)
         repeats = steps if (stage, True) in self._work[Point.ENCODE] else 1
         card_ms = max(_SHORTEST_MS, self._p50_ms[bucket][stage] * repeats)
         after = before + weight * (math.log(max(took, _SHORTEST_MS) / card_ms) - before)
@@ -233,32 +247,38 @@ class LatencyModel:
         return min(max(after, -limit), limit)
 
 
-def _by_bucket(
-    card: LatencyCard, stages: tuple[str, ...], field: str
-) -> tuple[tuple[float, ...], ...]:
+def _medians_ms(card: LatencyCard, stages: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
     """[bucket][stage] milliseconds, not falling with the bucket."""
     columns = []
     for stage in stages:
         rows = [card.row(stage, bucket) for bucket in card.buckets]
-        columns.append(isotonic([getattr(r, field) for r in rows], [r.count for r in rows]))
+        columns.append(isotonic([row.p50_ms for row in rows], [row.count for row in rows]))
     return tuple(zip(*columns, strict=True))
 
 
-def _card_scores(
+def _card_logs(
     card: LatencyCard,
     stages: tuple[str, ...],
     steps: int,
     work: tuple[tuple[int, bool], ...],
     size: int,
 ) -> tuple[float, ...]:
-    """The scores the card itself would give: its quantiles over its p95, all buckets in turn."""
+    """What ticks of the card itself would score, all buckets in turn, all stages slow together."""
     stride = next(s for s in range(size * 5 // 8, size) if math.gcd(s, size) == 1)
-    scores = []
+    logs = []
     for i in range(size):
         level = (i * stride % size + 0.5) / size
         bucket = card.buckets[i % len(card.buckets)]
         rows = [(card.row(stages[s], bucket), steps if r else 1) for s, r in work]
         took = sum(row.at(level) * n for row, n in rows)
-        usual = sum(row.p95_ms * n for row, n in rows)
-        scores.append(math.log(max(took, _SHORTEST_MS) / max(usual, _SHORTEST_MS)))
-    return tuple(scores)
+        usual = sum(row.p50_ms * n for row, n in rows)
+        logs.append(math.log(max(took, _SHORTEST_MS) / max(usual, _SHORTEST_MS)))
+    return tuple(logs)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _within(spread: float) -> float:
+    return min(max(spread, _STEADIEST), _LOOSEST)

@@ -52,6 +52,7 @@ def worlds(ticks: int, seed: int) -> tuple[World, ...]:
     one, seen = np.ones(ticks), np.ones(ticks, dtype=np.bool_)
     drift = 1.4 ** np.sin(tick * 4 * np.pi / ticks)
     bursts = np.where(_spells(rng, ticks, every=500, length=20), 1.8, 1.0)
+    neighbour = np.where(tick // 150 % 2 == 1, rng.uniform(1, 2.5, ticks), 1.0)
     stuck = ~_spells(rng, ticks, every=500, length=10)
     rare = np.where(rng.random(ticks) < 0.003, 2.0, 1.0)
     return (
@@ -59,6 +60,7 @@ def worlds(ticks: int, seed: int) -> tuple[World, ...]:
         World("drift", drift, seen),
         World("spikes", np.where(rng.random(ticks) < 0.03, 2.0, 1.0), seen),
         World("bursts", bursts, seen),
+        World("neighbour", neighbour, seen),
         World("doubling", np.where(tick < ticks // 2, 1.0, 2.0), seen),
         World("stuck", one, stuck),
         World("everything", drift * bursts * rare, stuck),

@@ -93,10 +93,3 @@ def test_ticks_without_a_score_count_as_hits() -> None:
     following = margin.skip()
     assert following.alpha == pytest.approx(margin.alpha + 0.05 * 0.1)
     assert following.scores == margin.scores
-
-
-def test_surprises_lie_beyond_the_margin_or_as_far_below() -> None:
-    margin = Margin.start([i / 100 for i in range(101)], 0.1, 0.005)
-    assert margin.value == pytest.approx(0.91)
-    found = [margin.surprised(score, 0.2) for score in (1.15, 1.0, 0.5, 0.0, -0.15)]
-    assert found == [True, False, False, False, True]

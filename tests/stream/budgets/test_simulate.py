@@ -33,7 +33,7 @@ def test_misses_are_few_and_tokens_are_many(name: str) -> None:
     fixed = best_fixed(BENCH, WORLDS[name], steps=10, miss_rate=0.015)
     assert row.miss_rate <= 0.015
     assert row.mean_tokens >= 0.9 * fixed.mean_tokens
-    assert row.turns <= 0.01 * 10_000
+    assert row.turns <= 0.02 * 10_000
     assert sum(row.rungs.values()) == 10_000
 
 
