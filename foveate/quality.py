@@ -89,7 +89,7 @@ def jobs_of(
     """Group questions by video and leave out what is done."""
     asked: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for item in items:
-        asked[str(item.video)].append((item.question, item.answer, item.type))
+        asked[str(item.video)].append((item.question.text, item.question.answer, item.question.type))
     wanted = [("identity", 1.0), ("blank", 1.0)]
     wanted += [(m, r) for m in methods if m != "identity" for r in ratios if r < 1]
     jobs = []
