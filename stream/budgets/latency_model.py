@@ -11,7 +11,7 @@ the forecast a quantile that is exceeded at the stated rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Self
@@ -84,16 +84,33 @@ class Point(IntEnum):
 class LatencyState:
     """What was learnt about the machine.
 
-    log_drift: for each stage, log of the factor on the card's times.
+    drift: for each stage, the factor on the card's times.
     weight: of the next tick in the drift.
     spreads: for each Point, how far the log of a tick's time usually lies from its median.
     margins: for each Point, log factor on top of two spreads.
+    above: for each Point, the factor from median to forecast; follows from the two before.
     """
 
-    log_drift: tuple[float, ...]
+    drift: tuple[float, ...]
     weight: float
     spreads: tuple[float, float]
     margins: tuple[Margin, Margin]
+    above: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls,
+        drift: tuple[float, ...],
+        weight: float,
+        spreads: Sequence[float],
+        margins: Sequence[Margin],
+    ) -> LatencyState:
+        first, second = (
+            math.exp(_SPREADS * spread + margin.value)
+            for spread, margin in zip(spreads, margins, strict=True)
+        )
+        both = (spreads[0], spreads[1]), (margins[0], margins[1])
+        return cls(drift, weight, *both, (first, second))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +162,14 @@ class LatencyModel:
             )
             for logs, spread in zip(self._prior, spreads, strict=True)
         ]
-        return LatencyState(
-            (0.0,) * len(self.stages), 1.0, (spreads[0], spreads[1]), (margins[0], margins[1])
-        )
+        return LatencyState.of((1.0,) * len(self.stages), 1.0, spreads, margins)
 
     def predict_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
         """High quantile of the time from `point` to the result.
 
         bucket: position in `buckets`.
         """
-        above = _SPREADS * state.spreads[point] + state.margins[point].value
-        return self._median_ms(state, bucket, steps, point) * math.exp(above)
+        return self._median_ms(state, bucket, steps, point) * state.above[point]
 
     def observe(
         self,
@@ -178,8 +192,7 @@ class LatencyModel:
                 margins.append(margin.skip())
                 spreads.append(spread)
                 continue
-            above = _SPREADS * spread + margin.value
-            surprised |= abs(log) > above + math.log(self.config.surprise)
+            surprised |= abs(log) > math.log(state.above[point] * self.config.surprise)
             margins.append(margin.observe(log - _SPREADS * spread))
             ratio = min(max(abs(log) / spread, 1 / _CLIP), _CLIP)
             spreads.append(_within(spread * ratio ** (self.config.weight / 2)))
@@ -189,18 +202,14 @@ class LatencyModel:
             for stage in range(len(self.stages))
         )
         following = max(self.config.weight, weight / (1 + weight))
-        return LatencyState(drift, following, (spreads[0], spreads[1]), (margins[0], margins[1]))
+        return LatencyState.of(drift, following, spreads, margins)
 
     def _median_ms(self, state: LatencyState, bucket: int, steps: int, point: Point) -> float:
-        row = self._p50_ms[bucket]
-        drift = state.log_drift
-        return max(
-            _SHORTEST_MS,
-            sum(
-                row[i] * math.exp(drift[i]) * (steps if repeats else 1)
-                for i, repeats in self._work[point]
-            ),
-        )
+        row, drift = self._p50_ms[bucket], state.drift
+        ms = 0.0
+        for stage, repeats in self._work[point]:
+            ms += row[stage] * drift[stage] * (steps if repeats else 1)
+        return max(_SHORTEST_MS, ms)
 
     def _logs(
         self,
@@ -236,15 +245,15 @@ class LatencyModel:
         stage_ms: Mapping[str, float],
         weight: float,
     ) -> float:
-        before = state.log_drift[stage]
+        before = math.log(state.drift[stage])
         took = stage_ms.get(self.stages[stage])
         if took is None:
-            return before * (1 - self.config.weight)
+            return math.exp(before * (1 - self.config.weight))
         repeats = steps if (stage, True) in self._work[Point.ENCODE] else 1
         card_ms = max(_SHORTEST_MS, self._p50_ms[bucket][stage] * repeats)
         after = before + weight * (math.log(max(took, _SHORTEST_MS) / card_ms) - before)
         limit = math.log(self.config.drift_limit)
-        return min(max(after, -limit), limit)
+        return math.exp(min(max(after, -limit), limit))
 
 
 def _medians_ms(card: LatencyCard, stages: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
