@@ -141,20 +141,17 @@ class Connection:
         )
         """Whether the time of an arrival tells when it happened."""
 
-    @property
-    def comes_at_once(self) -> bool:
-        """Whether pictures can be had faster than they are to be shown."""
-        return not self.arrives_live or self._format.startswith("hls")
-
     def close(self) -> None:
         self._container.close()
 
     def pictures(self, *, paced: bool) -> Iterator[Arrived]:
         """Decoded pictures until ConnectionLost, or until closing begins.
 
-        paced: give those that can be had at once at the pace of their media time.
+        paced: give those of a recording at the pace of their media time, too. Live segments (HLS)
+        always are: they come in bursts, and reading on would only wait at their end.
         """
-        pace = Pace(self._closing) if paced and self.comes_at_once else None
+        bursts = self.arrives_live and self._format.startswith("hls")
+        pace = Pace(self._closing) if bursts or (paced and not self.arrives_live) else None
         timeless = self._format.startswith(_TIMELESS)
         upright: Orientation | None = None
         for picture, arrival_s, arrival_unix_s in self._decoded():

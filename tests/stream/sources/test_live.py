@@ -143,8 +143,8 @@ def test_motion_jpeg(camera: MjpegCamera, camera_url: str) -> None:
         frames = [next_frame(source) for _ in range(20)]
         assert source.info.codec == "mjpeg"
     assert frames[0].frame.image.shape == (96, 160, 3)
-    steps_s = np.diff([frame.frame.pts_s for frame in frames])
-    assert np.median(steps_s) == pytest.approx(1 / camera.fps, rel=0.3)
+    media_s = np.diff([frame.frame.pts_s for frame in frames])
+    assert media_s == pytest.approx(np.diff([frame.arrival_s for frame in frames]), abs=0.002)
 
 
 def test_frozen_and_silent_are_told_apart(camera: MjpegCamera, camera_url: str) -> None:
@@ -286,7 +286,7 @@ def test_a_file_over_http_that_breaks_off(front_index_mp4: Path, tmp_path: Path)
 def test_as_a_source_it_gives_frames_at_a_rate() -> None:
     with open_source(LAVFI) as source:
         times_s = [frame.pts_s for frame in islice(source.read(Fps(10)), 6)]
-    assert np.diff(times_s) == pytest.approx([0.1] * 5, abs=0.04)
+    assert times_s[-1] - times_s[0] == pytest.approx(0.5, abs=0.2)
 
 
 def test_an_endless_source_has_no_even_spread(camera_url: str) -> None:

@@ -66,6 +66,12 @@ def test_frames_come_in_step_and_fresh(server: RtspServer) -> None:
     assert np.median(ages_s) < 0.05
 
 
+def test_a_wrong_password_is_said_but_not_shown(server: RtspServer) -> None:
+    with Live(server.url().replace("hunter2", "hunter3"), QUICK) as source:
+        wait_until(lambda: "401" in source.stats.last_error)
+        assert "hunter" not in f"{source!r} {source.stats} {source.take(0)}"
+
+
 def test_a_camera_killed_and_restarted_three_times(server: RtspServer) -> None:
     with Live(server.url(), QUICK) as source:
         last = next_frame(source)
@@ -76,7 +82,10 @@ def test_a_camera_killed_and_restarted_three_times(server: RtspServer) -> None:
         for outage in range(1, 4):
             server.kill()
             killed_s = time.monotonic()
-            silence = wait_until(lambda: isinstance(got := source.take(0.4), Silence) and got)
+            while isinstance(got := source.take(0.4), LiveFrame):
+                last = got
+            silence = got
+            assert isinstance(silence, Silence)
             assert silence.frame_age_s is not None
             assert silence.phase in ("lost", "silent", "connecting")
             server.start()
@@ -95,7 +104,7 @@ def test_a_camera_killed_and_restarted_three_times(server: RtspServer) -> None:
                 previous, last = last, next_frame(source)
                 assert last.gap is None
                 assert last.arrival_s > got.arrival_s
-                assert outage == 0 or last.frame.pts_s > previous.frame.pts_s
+                assert last.frame.pts_s > previous.frame.pts_s
         gc.collect()
         assert source.stats.gaps == 3
         assert "no connection to 127.0.0.1" in source.stats.last_error
@@ -171,7 +180,7 @@ def test_as_a_source(server: RtspServer) -> None:
         assert (source.info.width, source.info.height) == (320, 240)
         frames = source.read(Fps(5))
         times_s = [next(frames).pts_s for _ in range(6)]
-    assert np.diff(times_s) == pytest.approx([0.2] * 5, abs=0.1)
+    assert times_s[-1] - times_s[0] == pytest.approx(1.0, abs=0.35)
 
 
 def test_over_udp(server: RtspServer) -> None:
