@@ -89,7 +89,8 @@ def jobs_of(
     """Group questions by video and leave out what is done."""
     asked: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for item in items:
-        asked[str(item.video)].append((item.question.text, item.question.answer, item.question.type))
+        question = item.question
+        asked[str(item.video)].append((question.text, question.answer, question.type))
     wanted = [("identity", 1.0), ("blank", 1.0)]
     wanted += [(m, r) for m in methods if m != "identity" for r in ratios if r < 1]
     jobs = []

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from stream.batch.worker import LoadedModel, VideoWorker
 
 LOG_EVERY_S = 30.0
+MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
+"""Files that make a model what it is; its card does not."""
+
 ENCODING = {"reducer", "settings", "retain", "frames", "fps", "decoder", "positions", "seed"}
 """Settings that decide the reduced tokens."""
 
@@ -179,7 +182,8 @@ def fingerprint(model: str) -> str:
 
     where = in_the_box().get(model, Path(model))
     if where.is_dir():
-        return f"{where.name}@{content_hash(where)[:16]}"
+        files = sorted(p for p in where.iterdir() if p.suffix in MODEL_SUFFIXES)
+        return f"{where.name}@{_hash({p.name: content_hash(p) for p in files})[:16]}"
     from transformers import AutoConfig
 
     from stream.errors import AttachError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from ..show import err, out, print_json, progress_bars, table
 
@@ -27,7 +27,9 @@ def quality(
 ) -> None:
     """Run what is not done yet, then print the table and write it beside the pieces."""
     from policies.video.tiny import dataset
+    from policies.video.tiny.world import Split
     from stream.config import content_hash, dump
+    from stream.errors import ConfigError
     from stream.registry import reducer_names
 
     from .. import quality as engine
@@ -47,7 +49,9 @@ def quality(
         seed=seed,
         settings=tuple(sorted(overrides)),
     )
-    manifest = dataset.build(split, videos, folder / "data")
+    if split not in get_args(Split):
+        raise ConfigError(f"There is no split '{split}'; there are {', '.join(get_args(Split))}.")
+    manifest = dataset.build(cast(Split, split), videos, folder / "data")
     run_folder = folder / content_hash(config)
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / "config.yaml").write_text(dump(config))
