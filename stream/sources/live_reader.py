@@ -35,6 +35,7 @@ _STDIN_POLL_S = 0.1
 _BEHIND_S = 1.0
 _SHORT_BY_S = 0.5
 _PENDING = 256
+_READ_ERRORS_IN_A_ROW = 64
 _KEY_WITHIN = 300
 """Packets without a keyframe after which it is taken that the codec marks none."""
 
@@ -152,7 +153,7 @@ class Connection:
         """
         bursts = self.arrives_live and self._format.startswith("hls")
         pace = Pace(self._closing) if bursts or (paced and not self.arrives_live) else None
-        timeless = self._format.startswith(_TIMELESS)
+        timeless = self.arrives_live and self._format.startswith(_TIMELESS)
         upright: Orientation | None = None
         for picture, arrival_s, arrival_unix_s in self._decoded():
             if upright is None:
@@ -192,6 +193,7 @@ class Connection:
         skip = 0 if self._address.kind == "lavfi" else _KEY_WITHIN
         heard_s = time.monotonic()
         media_end_s = 0.0
+        in_a_row = 0
         while True:
             try:
                 for packet in self._container.demux():
@@ -210,6 +212,7 @@ class Connection:
                     skip = 0 if packet.is_keyframe else max(0, skip - 1)
                     if skip == 0:
                         yield packet
+                        heard_s, in_a_row = time.monotonic(), 0
                 raise self._end(media_end_s)
             except av.error.BlockingIOError:
                 if self._closing.wait(_DEVICE_POLL_S):
@@ -217,6 +220,13 @@ class Connection:
                 if time.monotonic() - heard_s > self._silent_s:
                     raise self._lost(f"no packet for {self._silent_s:g} s") from None
             except av.FFmpegError as error:
+                in_a_row += 1
+                if (
+                    isinstance(error, av.error.InvalidDataError)
+                    and in_a_row < _READ_ERRORS_IN_A_ROW
+                ):
+                    self._tally.fail(f"reading: {reason_of(error)}")
+                    continue
                 silent = time.monotonic() - heard_s >= self._silent_s
                 reason = f"no packet for {self._silent_s:g} s" if silent else self._why(error)
                 raise self._lost(reason) from None

@@ -77,6 +77,8 @@ class LiveFrame:
     frame: its pts_s ascends for the life of the source, and steps over a gap by the time that
         passed; its index counts decoded frames, dropped ones too.
     arrival_s: when its data was read, on `time.monotonic`, which all processes of a machine share.
+        What a server sends while the connection is probed (0.2 s), or while `block` waits, is read
+        later than it came.
     arrival_unix_s: the same, seconds since 1970 on the wall clock.
     dropped: frames dropped by the policy since the frame delivered before.
     gap: None if it follows on; a gap of dropped frames is passed on to the next that is delivered.

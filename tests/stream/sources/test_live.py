@@ -30,7 +30,7 @@ from tests.stream.sources.live_servers import (
     web_server,
     write_hls,
 )
-from tests.stream.sources.making import cut
+from tests.stream.sources.making import corrupt_packets, cut
 
 LAVFI = "lavfi:testsrc2=size=160x96:rate=30"
 
@@ -267,6 +267,21 @@ def test_a_whole_file_over_http_is_read_like_a_file(front_index_mp4: Path) -> No
     assert [frame.pts_s for frame in frames] == pytest.approx([frame.pts_s for frame in expected])
     for frame, other in zip(frames, expected, strict=True):
         assert np.array_equal(frame.image, other.image)
+
+
+def test_damage_costs_what_it_costs_in_a_file(clean_mkv: Path, tmp_path: Path) -> None:
+    damaged = corrupt_packets(clean_mkv, tmp_path / "damaged.mkv", [9, 20, 21])
+    with open_source(damaged) as source:
+        expected = [frame.pts_s for frame in source.read(Fps(1000))]
+        assert not source.report.complete
+        harm = source.report.packets_failed, source.report.frames_patched
+    with (
+        web_server(files_of(tmp_path)) as port,
+        open_source(f"http://127.0.0.1:{port}/damaged.mkv") as source,
+    ):
+        times_s = [frame.pts_s for frame in source.read(Fps(1000))]
+        assert (source.report.packets_failed, source.report.frames_patched) == harm
+    assert times_s == pytest.approx(expected)
 
 
 def test_a_file_over_http_that_breaks_off(front_index_mp4: Path, tmp_path: Path) -> None:
