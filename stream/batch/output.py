@@ -96,7 +96,8 @@ def replay_log(
 ) -> dict[str, Any]:
     """For `lmms_eval --model from_log --model_args logs=FOLDER`.
 
-    Every row needs a response there; one without an answer has an empty one.
+    Every row needs a response there; one without an answer has an empty one. Most scorers count
+    that as wrong, MVBench's leaves it out: mind errors.jsonl beside its accuracy.
     """
     targets = {row.row: row.target for row in manifest.rows}
     logs = []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,11 @@ from foveate.cli import app
 from foveate.commands.batch import BatchConfig
 from foveate.settings import CONFIGS
 from policies.reasoner import VideoReasoner
-from stream.actors import local_ray
 from stream.batch import pool
-from stream.batch.jobs import Outcome, VideoJob
+from stream.batch.jobs import Outcome
 from stream.batch.journal import Journal
-from stream.batch.worker import VideoWorker
 from stream.config import load
-from stream.errors import AttachError, ConfigError, FoveateError
+from stream.errors import AttachError, ConfigError
 
 CLIPS = 6
 QUESTIONS = ("what color is the star?", "where is the square?")
@@ -261,13 +259,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    with local_ray("local"):
-        yield
-
-
-@pytest.mark.usefixtures("one_ray")
 def test_a_killed_worker_changes_nothing(
     unbroken: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,52 +279,6 @@ def test_a_killed_worker_changes_nothing(
     assert outputs(tmp_path / "out") == outputs(unbroken)
     assert len(workers) == 2
     assert len(finished) == len(set(finished)) == CLIPS + 3
-
-
-class Fragile(VideoWorker):
-    """A worker without a model, whose process dies on a video of the right name."""
-
-    def __init__(self) -> None: ...
-
-    def run(self, job: VideoJob) -> Outcome:
-        if job.path == "poison":
-            os._exit(1)
-        return Outcome(job.key, answers=(("well", 1.0),))
-
-
-@pytest.mark.usefixtures("one_ray")
-def test_a_video_that_kills_its_workers_is_given_up_and_only_that() -> None:
-    jobs = [VideoJob(name, ("q?",)) for name in ("a", "poison", *"bcdef")]
-    said: list[str] = []
-    started: list[int] = []
-    done = {
-        o.key: o
-        for o in pool.run_pool(
-            jobs, Fragile, pool.Place(workers=2), on_start=started.append, say=said.append
-        )
-    }
-    assert len(done) == len(jobs)
-    assert [j.path for j in jobs if done[j.key].error] == ["poison"]
-    assert done[jobs[1].key].fault == "worker"
-    assert sum("died on poison" in text for text in said) == pool.RETRIES + 1
-    assert 3 <= len(started) <= 5
-
-
-def no_model() -> VideoWorker:
-    raise ConfigError("no such reducer")
-
-
-def dying_model() -> VideoWorker:
-    os._exit(1)
-
-
-@pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize(("make", "says"), [(no_model, "no such"), (dying_model, "3 workers in a")])
-def test_a_model_that_does_not_load_ends_the_run(
-    make: Callable[[], VideoWorker], says: str
-) -> None:
-    with pytest.raises(FoveateError, match=says):
-        list(pool.run_pool([VideoJob("a", ("q?",))], make, pool.Place()))
 
 
 @pytest.mark.slow
