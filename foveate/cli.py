@@ -87,7 +87,9 @@ def batch(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     runner: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
     workers: Annotated[int | None, typer.Option(help="Models at work at once, over Ray.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster that sees the videos at the same paths.")
+    ] = None,
     videos: Annotated[
         Path | None, typer.Option(help="Where relative paths start; else the manifest's folder.")
     ] = None,
@@ -127,7 +129,7 @@ def demo(
     runner: Annotated[str, typer.Option(help="ray or inline.")] = "ray",
     as_json: Json = False,
 ) -> None:
-    """Ask the shipped sample videos, full and reduced, and draw where the tokens went."""
+    """Ask a shipped sample, with few tokens and with all, and draw where the tokens went."""
     from .commands import demo as command
 
     command.demo(out, runner, as_json)

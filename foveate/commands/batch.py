@@ -67,55 +67,68 @@ def batch(
     as_json: bool,
 ) -> None:
     """Do what is left to do, write results, print the summary."""
-    from stream.batch.folder import carry_out, claim, locked
-    from stream.batch.jobs import group
-    from stream.batch.manifest import read_manifest
-    from stream.batch.output import write_outputs
-
     if Path(config.model).is_dir():
         config = config.model_copy(update={"model": str(Path(config.model).absolute())})
-    manifest = read_manifest(manifest_path, config.layout, videos)
-    jobs = group(manifest.rows)
-    encoding = encoding_of(config)
     cache = (cache_folder or default_cache()).absolute()
-    run = partial(_run, config, partial(make_worker, config, _hash(encoding), cache), address)
-    with locked(folder):
-        claim(folder, encoding | config.model_dump(include=ANSWERING))
-        try:
-            with (
-                _Meter({job.key: len(rows) for job, rows in jobs.items()}) as meter,
-                redirect_stdout(sys.stderr),  # Ray prints news of dead workers to stdout
-            ):
-                start_s = time.monotonic()
-                outcomes = carry_out(
-                    folder,
-                    list(jobs),
-                    partial(run, meter.say),
-                    retry_errors=retry_errors,
-                    on_begin=meter.begin,
-                    on_outcome=meter.count,
-                )
-                wall_s = time.monotonic() - start_s
-        except KeyboardInterrupt:
-            err.print(
-                f"stopped; what is finished is in {folder}. Give the same command to go on.",
-                soft_wrap=True,
-            )
-            raise typer.Exit(130) from None
-        shown = {"model": config.model, "reducer": config.reducer, "retain": config.retain}
-        summary = write_outputs(folder, manifest, jobs, outcomes, shown)
-    summary |= {
-        "wall_s": wall_s,
-        "rows_done_now": meter.rows_done,
-        "rows_per_s": meter.rows_done / wall_s,
-        "out": str(folder),
-    }
+    try:
+        summary = _answer(manifest_path, folder, config, videos, cache, address, retry_errors)
+    except KeyboardInterrupt:
+        err.print(
+            f"stopped; what is finished is in {folder}. Give the same command to go on.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
     if as_json:
         print_json(summary)
         return
     title = f"{config.model}, {config.reducer}, retain {config.retain:g}, {config.runner}"
     out.print(table(title, ("what", "value"), _cells(summary)))
     _tell_of_errors(folder, summary)
+
+
+def _answer(
+    manifest_path: Path,
+    folder: Path,
+    config: BatchConfig,
+    videos: Path | None,
+    cache: Path,
+    address: str | None,
+    retry_errors: bool,
+) -> dict[str, Any]:
+    """The summary of the whole run, with the pace of this start."""
+    from stream.batch.folder import carry_out, claim, locked
+    from stream.batch.jobs import group
+    from stream.batch.manifest import read_manifest
+    from stream.batch.output import write_outputs
+
+    manifest = read_manifest(manifest_path, config.layout, videos)
+    jobs = group(manifest.rows)
+    encoding = encoding_of(config)
+    run = partial(_run, config, partial(make_worker, config, _hash(encoding), cache), address)
+    with locked(folder):
+        claim(folder, encoding | config.model_dump(include=ANSWERING))
+        with (
+            _Meter({job.key: len(rows) for job, rows in jobs.items()}) as meter,
+            redirect_stdout(sys.stderr),  # Ray prints news of dead workers to stdout
+        ):
+            start_s = time.monotonic()
+            outcomes = carry_out(
+                folder,
+                list(jobs),
+                partial(run, meter.say),
+                retry_errors=retry_errors,
+                on_begin=meter.begin,
+                on_outcome=meter.count,
+            )
+            wall_s = time.monotonic() - start_s
+        shown = {"model": config.model, "reducer": config.reducer, "retain": config.retain}
+        summary = write_outputs(folder, manifest, jobs, outcomes, shown)
+    return summary | {
+        "wall_s": wall_s,
+        "rows_done_now": meter.rows_done,
+        "rows_per_s": meter.rows_done / wall_s,
+        "out": str(folder),
+    }
 
 
 def _run(
