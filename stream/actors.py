@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
+import torch
 
 from .data import Budget, Frame
 from .errors import FoveateError, SourceError
@@ -46,6 +47,11 @@ RESTARTS = 3
 
 
 class _Actor:
+    def _use_all_cores(self) -> None:
+        """Ray gives an actor without reserved CPUs one thread; stages take turns, so all may use
+        every core."""
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
     def was_restarted(self) -> bool:
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
@@ -83,6 +89,7 @@ class EncoderActor(_Actor):
     """Owns the vision encoder."""
 
     def __init__(self, factory: Callable[[], Encoder]) -> None:
+        self._use_all_cores()
         self._encoder = factory()
 
     def encode(self, frames: list[Frame]) -> tuple[EncodedVideo, float]:
@@ -106,6 +113,7 @@ class ReasonerActor(_Actor):
     """Owns the language model."""
 
     def __init__(self, factory: Callable[[], Reasoner]) -> None:
+        self._use_all_cores()
         self._reasoner = factory()
 
     def answer(self, video: ReducedVideo, questions: Sequence[str]) -> Reply:
@@ -114,11 +122,13 @@ class ReasonerActor(_Actor):
 
 @contextmanager
 def local_ray(address: str | None = None) -> Iterator[None]:
-    """Ray for the block: the one that runs, the cluster at `address`, or a local one."""
+    """Ray for the block: this process's own, the cluster at `address`, or a new local one."""
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    options: dict[str, Any] = {"address": address or "local"}
+    if address is None:
+        options["include_dashboard"] = False
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield

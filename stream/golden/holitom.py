@@ -137,6 +137,7 @@ def _check_merges(
             contextual=contextual,
             neighbours=int(near),
             counts="published",
+            static_saliency=0.0,
             order="published",
         )
         counts = published_counts(ratio, windows)
@@ -262,6 +263,7 @@ def _check_pipeline(
         contextual=float(combo["combo_D"]),
         merge="mean" if combo["combo_plain_mean"] else "beta",
         counts="published",
+        static_saliency=0.0,
         order="published",
     )
     grid = PatchGrid(frames, 1, patches)

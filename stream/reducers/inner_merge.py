@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -18,13 +18,10 @@ from .base import Reducer, Site
 
 class InnerMerge(Reducer):
     """Keeps the tokens the last row attends to most and folds each other one into the most
-    similar kept one.
+    similar kept one: target = (target + source) / 2 in token order, as one closed-form map.
 
     layer: decoder layer, or share of the depth (the paper's 18 of 28).
     drop: share of the incoming visual tokens that is folded away.
-    merge: `halving` is the paper's target = (target + source) / 2 in token order, in closed form;
-        `beta` and `mean` weigh a kept token and those folded into it as HoliTom's clusters do.
-    beta: weight of the kept token under `beta`; 1 drops the others.
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.LAST_ROW})
@@ -32,8 +29,6 @@ class InnerMerge(Reducer):
 
     layer: int | float = 18 / 28
     drop: float = Field(default=0.5, ge=0, lt=1)
-    merge: Literal["halving", "beta", "mean"] = "halving"
-    beta: float = Field(default=0.6, ge=0, le=1)
 
     @property
     def site(self) -> Site:
@@ -44,15 +39,10 @@ class InnerMerge(Reducer):
 
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
         kept = picks.top(signals[Signal.LAST_ROW], budget.tokens)
-        return fold(tokens.x, kept, self.merge, self.beta)
+        return fold(tokens.x, kept)
 
 
-def fold(
-    x: Tensor,
-    kept: Tensor,
-    merge: Literal["halving", "beta", "mean"] = "halving",
-    beta: float = 0.6,
-) -> Plan:
+def fold(x: Tensor, kept: Tensor) -> Plan:
     """Fold every token that is not kept into its most similar kept one.
 
     x: [n, d] states, similarities are taken before anything is merged; kept: long [k] ascending.
@@ -64,12 +54,6 @@ def fold(
     if k == 0 or source.numel() == 0:
         return Plan.keep(kept, n)
     slot = similarity.cosine(x[source].float(), x[kept].float()).argmax(-1)
-    if merge == "halving":
-        given, own = merges.halving_weights(slot, k)
-    else:
-        owner = torch.arange(n, device=x.device)
-        owner[source] = kept[slot]
-        weight = merges.cluster_weights(owner, torch.ones_like(gone), merge, beta)
-        given, own = weight[source], weight[kept]
+    given, own = merges.halving_weights(slot, k)
     row = torch.cat([torch.arange(k, device=x.device), slot])
     return Plan.merge(kept, row, torch.cat([kept, source]), torch.cat([own, given]), n)

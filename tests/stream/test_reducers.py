@@ -25,6 +25,8 @@ from stream.reducers.holitom import (
     Windows,
     corrected_ratio,
     published_counts,
+    salient_counts,
+    split_to_fit,
     temporal_mean,
 )
 from stream.reducers.inner_merge import InnerMerge, fold
@@ -296,7 +298,8 @@ def slow_holitom(tokens: VisualTokens, saliency: Tensor, k: int, how: HoliTom) -
     ],
 )
 def test_holitom_equals_a_slow_reference(settings: dict[str, Any]) -> None:
-    how = HoliTom(counts="published", order="published", **settings)
+    plain = {"static_saliency": 0.0, "max_segment_frames": 1024}
+    how = HoliTom(counts="published", order="published", **plain | settings)
     compared, merged = 0, 0
     for seed in range(24):
         frames, size = 1 + seed % 5, 6 + seed % 4
@@ -429,7 +432,7 @@ def test_tau_by_quantile_is_the_quantile_of_the_videos_own_similarities() -> Non
 def test_the_longest_window_is_held() -> None:
     tokens, saliency = video(9, 4, 1.0)
     memory = Memory()
-    assert HoliTom().segments(tokens)[1] == [Segment(0, 9)]
+    assert HoliTom(max_segment_frames=9).segments(tokens)[1] == [Segment(0, 9)]
     assert max(map(len, HoliTom(max_segment_frames=4).segments(tokens)[1])) == 4
     planned(HoliTom(max_segment_frames=4), tokens, saliency, 6, memory)
     links, _ = HoliTom().segments(tokens)
@@ -474,7 +477,7 @@ def test_static_saliency_draws_cluster_centres_to_salient_patches() -> None:
     tokens, _ = video(4, 24, 1.0, seed=3)
     saliency = torch.full((96,), 0.01)
     saliency.view(4, 24)[:, [5, 17]] = 1.0
-    plain = set(planned(HoliTom(), tokens, saliency, 2).anchor.tolist())
+    plain = set(planned(HoliTom(static_saliency=0.0), tokens, saliency, 2).anchor.tolist())
     drawn = set(planned(HoliTom(static_saliency=4.0), tokens, saliency, 2).anchor.tolist())
     assert plain != {5, 17}
     assert drawn == {5, 17}
@@ -524,3 +527,19 @@ def test_inner_merge_site_is_a_share_of_the_depth() -> None:
     assert InnerMerge(layer=3).site.layer_index(6) == 3
     with pytest.raises(ConfigError, match=r"acts at layer 6, the model has layers 0\.\.5"):
         InnerMerge(layer=6).site.layer_index(6)
+
+
+def test_salient_counts_follow_the_most_salient_units() -> None:
+    tokens, saliency = video(6, 9, 0.5, seed=7)
+    links, segments = HoliTom().segments(tokens)
+    windows = split_to_fit(links, segments, 20)
+    static, dynamic = salient_counts(20, windows, saliency)
+    assert int(static.sum() + dynamic.sum()) == 20
+    plan = planned(HoliTom(counts="salient"), tokens, saliency, 20)
+    assert plan.k == 20
+    kept = torch.zeros(54, dtype=torch.bool)
+    kept[plan.anchor] = True
+    moving = ~windows.static[windows.segment].view(-1)
+    lowest = saliency[kept & moving].min() if bool((kept & moving).any()) else torch.inf
+    left = saliency[~kept & moving]
+    assert left.numel() == 0 or float(left.max()) <= float(lowest)
