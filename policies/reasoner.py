@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from stream.data import Answer, Frame
 from stream.pipeline import EncodedVideo, ReducedVideo, Reply
@@ -26,12 +26,17 @@ from .models import load
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Inputs of one batched prefill: [b, n] each, left-padded; slots: visual places of a row."""
+    """Inputs of one batched prefill: [b, n] each.
+
+    All rows share their first `shared` places, up to the end of the video; padding comes next, then
+    the question. slots: visual places, the same in every row.
+    """
 
     embeds: Tensor
     mask: Tensor
     position_ids: Tensor
-    slots: list[Tensor]
+    slots: Tensor
+    shared: int
 
 
 class _FirstToken(StoppingCriteria):
@@ -93,20 +98,30 @@ class VideoReasoner:
 
     @torch.inference_mode()
     def answer(self, video: ReducedVideo, questions: Sequence[str]) -> Reply:
-        """Greedy answers to all questions, as one batch behind the same video."""
+        """Greedy answers to all questions, as one batch behind the same video.
+
+        Where nothing inside the model depends on the question, the video is prefilled once and its
+        KV cache serves all questions.
+        """
         inside = tuple(s for s in self._reducer.stages if s.site.in_llm)
         hooks = ReductionHooks(
             self.adapter.text_model, self.adapter.layers, inside, self._positions
         )
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
+        cache = None if inside else self._shared_prefill(prompt)
         first = _FirstToken()
         with hooks:
-            hooks.expect([[self._span(video, slots)] for slots in prompt.slots])
+            if inside:
+                span = VideoSpan(
+                    prompt.slots, video.grid, video.pts_s, video.budget, video.plan, Signals({})
+                )
+                hooks.expect([[span]] * len(questions))
             output = self._model.generate(
                 inputs_embeds=prompt.embeds,
                 attention_mask=prompt.mask,
                 position_ids=prompt.position_ids,
+                past_key_values=cache,
                 max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 output_logits=True,
@@ -114,13 +129,31 @@ class VideoReasoner:
                 stopping_criteria=StoppingCriteriaList([first]),
                 pad_token_id=self._pad_id,
             )
-            plans = tuple(span.plan for row in hooks.rows for span in row)
             text = prompt.embeds.shape[1] - video.plan.k
-            lengths = tuple(float(n - text) for n in hooks.lengths())
+            reduced = [float(n - text) for n in hooks.lengths()]
+            plans = [span.plan for row in hooks.rows for span in row]
         end_s = time.perf_counter()
         first_s = first.at_s or end_s
         timings = {"prefill": (first_s - start_s) * 1e3, "decode_tokens": (end_s - first_s) * 1e3}
-        return Reply(self._answers(output), plans, lengths, timings)
+        return Reply(
+            self._answers(output),
+            tuple(plans or [video.plan] * len(questions)),
+            tuple(reduced or [float(video.plan.k)] * len(self.adapter.layers)),
+            timings,
+        )
+
+    def _shared_prefill(self, prompt: Prompt) -> DynamicCache:
+        """KV cache of the places that all rows share, repeated for each row."""
+        cache = DynamicCache(config=self.adapter.text_model.config)
+        self.adapter.text_model(
+            inputs_embeds=prompt.embeds[:1, : prompt.shared],
+            attention_mask=prompt.mask[:1, : prompt.shared],
+            position_ids=prompt.position_ids[..., :1, : prompt.shared],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(prompt.embeds.shape[0])
+        return cache
 
     def prompt(self, video: ReducedVideo, questions: Sequence[str]) -> Prompt:
         """Questions behind one video, as the model would have laid them out, reduced.
@@ -132,31 +165,32 @@ class VideoReasoner:
         trailing = adapter.trailing()
         extra = 0 if trailing is None else trailing.shape[0]
         rows = [self._ids(q, n + extra) for q in questions]
-        longest = max(len(r) for r in rows)
-        ids = torch.tensor([[self._pad_id] * (longest - len(r)) + r for r in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
+        longest = max(map(len, rows))
+        start = rows[0].index(adapter.placeholder())
+        stop = start + n + extra
+        ids = torch.full((len(rows), longest), self._pad_id, device=device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            tail = longest - (len(row) - stop)
+            for place, part in ((slice(0, stop), row[:stop]), (slice(tail, None), row[stop:])):
+                ids[i, place] = torch.tensor(part, device=device)
+                mask[i, place] = 1
         position = adapter.positions(ids, mask, video.grid)
 
-        order = Plan.keep(video.plan.anchor, n)
-        places = [(row == adapter.placeholder()).nonzero().squeeze(-1) for row in ids]
-        kept = torch.stack([lift([(p[:n], order)], longest, device).anchor for p in places])
-        embeds = adapter.text_model.get_input_embeddings()(ids.gather(1, kept))
-        slots = []
-        for i, place in enumerate(places):
-            slot_of = torch.empty(longest, dtype=torch.long, device=device)
-            slot_of[kept[i]] = torch.arange(kept.shape[1], device=device)
-            slots.append(slot_of[place[:n][video.plan.anchor]])
-            embeds[i, slots[-1]] = video.x.to(embeds.dtype)
-            if trailing is not None:
-                embeds[i, slot_of[place[n:]]] = trailing.to(embeds.dtype)
-        mask = mask.gather(1, kept)
+        places = torch.arange(start, start + n, device=device)
+        kept = lift([(places, Plan.keep(video.plan.anchor, n))], longest, device).anchor
+        slot_of = torch.empty(longest, dtype=torch.long, device=device)
+        slot_of[kept] = torch.arange(kept.numel(), device=device)
+        slots = slot_of[places[video.plan.anchor]]
+        embeds = adapter.text_model.get_input_embeddings()(ids[:, kept])
+        embeds[:, slots] = video.x.to(embeds.dtype)
+        if trailing is not None:
+            embeds[:, slot_of[start + n : stop]] = trailing.to(embeds.dtype)
+        mask, position = mask[:, kept], position[..., kept]
         if self._positions == "renumber" and video.plan.k < n:
-            dense = (mask.cumsum(-1) - 1).clamp_min(0)
-            position = dense.expand(*position.shape[:-1], -1)
-        else:
-            index = kept.view((1,) * (position.ndim - 2) + kept.shape)
-            position = torch.take_along_dim(position, index, dim=-1)
-        return Prompt(embeds, mask, position.contiguous(), slots)
+            position = (mask.cumsum(-1) - 1).clamp_min(0).expand(*position.shape[:-1], -1)
+        shared = stop - n + video.plan.k
+        return Prompt(embeds, mask, position.contiguous(), slots, shared)
 
     @cached_property
     def _pad_id(self) -> int:
@@ -174,9 +208,6 @@ class VideoReasoner:
         ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         at = ids.index(self.adapter.placeholder())
         return [*ids[:at], *[ids[at]] * placeholders, *ids[at + 1 :]]
-
-    def _span(self, video: ReducedVideo, slots: Tensor) -> VideoSpan:
-        return VideoSpan(slots, video.grid, video.pts_s, video.budget, video.plan, Signals({}))
 
     def _answers(self, output: Any) -> tuple[Answer, ...]:
         chance = torch.stack(output.logits).float().softmax(-1).amax(-1).T
