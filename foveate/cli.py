@@ -23,28 +23,41 @@ app.add_typer(check_app, name="check")
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Model = Annotated[str | None, typer.Option(help="Name in the box, folder or hub name.")]
+Method = Annotated[str | None, typer.Option(help="See `foveate methods`.")]
+Retain = Annotated[float | None, typer.Option(help="Share of visual tokens to keep.")]
+Frames = Annotated[int | None, typer.Option(help="Frames, evenly spaced.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second instead.")]
+Runner = Annotated[str | None, typer.Option(help="ray or inline.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file to start from.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: settings.tau=0.7")
+]
+
+
+def overrides(given: list[str] | None, **options: object) -> list[str]:
+    """--set overrides and then the options that were given, as overrides of a config."""
+    named = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [*(given or ()), *named]
 
 
 @app.command()
 def ask(
     video: Annotated[str, typer.Argument(help="A video file, an image or a folder of images.")],
     question: Annotated[list[str], typer.Argument(help="One or more questions.")],
-    model: Annotated[str | None, typer.Option(help="Name in the box, folder or hub name.")] = None,
-    reducer: Annotated[str | None, typer.Option(help="See `foveate methods`.")] = None,
-    retain: Annotated[float | None, typer.Option(help="Share of visual tokens to keep.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second instead.")] = None,
+    model: Model = None,
+    reducer: Method = None,
+    retain: Retain = None,
+    frames: Frames = None,
+    fps: Fps = None,
     decoder: Annotated[str | None, typer.Option(help="pyav or decord.")] = None,
     positions: Annotated[str | None, typer.Option(help="keep or renumber.")] = None,
-    runner: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    runner: Runner = None,
+    device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Of random choices.")] = None,
-    config: Annotated[Path, typer.Option(help="YAML file to start from.")] = (
-        CONFIGS / "ask" / "default.yaml"
-    ),
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: settings.tau=0.7")
-    ] = None,
+    config: ConfigFile = CONFIGS / "ask" / "default.yaml",
+    override: Override = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Draw what became of every patch: .png or .mp4.")
     ] = None,
@@ -56,20 +69,20 @@ def ask(
     from .commands import ask as command
     from .settings import AskConfig
 
-    given = {
-        "model": model,
-        "reducer": reducer,
-        "retain": retain,
-        "frames": frames,
-        "fps": fps,
-        "decoder": decoder,
-        "positions": positions,
-        "runner": runner,
-        "device": device,
-        "seed": seed,
-    }
-    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load(config, AskConfig, [*(override or ()), *options])
+    options = overrides(
+        override,
+        model=model,
+        reducer=reducer,
+        retain=retain,
+        frames=frames,
+        fps=fps,
+        decoder=decoder,
+        positions=positions,
+        runner=runner,
+        device=device,
+        seed=seed,
+    )
+    settings = load(config, AskConfig, options)
     command.ask(video, question, settings, overlay, as_json)
 
 
@@ -79,13 +92,13 @@ def batch(
         Path, typer.Argument(help=".jsonl, .csv, .parquet or .json: video, question, options, id.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same one goes on with it.")],
-    model: Annotated[str | None, typer.Option(help="Name in the box, folder or hub name.")] = None,
-    reducer: Annotated[str | None, typer.Option(help="See `foveate methods`.")] = None,
-    retain: Annotated[float | None, typer.Option(help="Share of visual tokens to keep.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, evenly spaced.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second instead.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
-    runner: Annotated[str | None, typer.Option(help="ray or inline.")] = None,
+    model: Model = None,
+    reducer: Method = None,
+    retain: Retain = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    device: Device = None,
+    runner: Runner = None,
     workers: Annotated[int | None, typer.Option(help="Models at work at once, over Ray.")] = None,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster that sees the videos at the same paths.")
@@ -95,12 +108,8 @@ def batch(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of the reduced tokens.")] = None,
     retry_errors: Annotated[bool, typer.Option(help="Try failed videos again.")] = False,
-    config: Annotated[Path, typer.Option(help="YAML file to start from.")] = (
-        CONFIGS / "batch" / "default.yaml"
-    ),
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: cache_gb=50")
-    ] = None,
+    config: ConfigFile = CONFIGS / "batch" / "default.yaml",
+    override: Override = None,
     as_json: Json = False,
 ) -> None:
     """Answer a manifest of questions, each video seen once; a killed run goes on where it was."""
@@ -108,18 +117,18 @@ def batch(
 
     from .commands import batch as command
 
-    given = {
-        "model": model,
-        "reducer": reducer,
-        "retain": retain,
-        "frames": frames,
-        "fps": fps,
-        "device": device,
-        "runner": runner,
-        "workers": workers,
-    }
-    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load(config, command.BatchConfig, [*(override or ()), *options])
+    options = overrides(
+        override,
+        model=model,
+        reducer=reducer,
+        retain=retain,
+        frames=frames,
+        fps=fps,
+        device=device,
+        runner=runner,
+        workers=workers,
+    )
+    settings = load(config, command.BatchConfig, options)
     command.batch(manifest, out, settings, videos, cache, address, retry_errors, as_json)
 
 

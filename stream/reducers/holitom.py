@@ -109,25 +109,6 @@ def exact_counts(tokens: int, windows: Windows) -> tuple[Tensor, Tensor]:
     return given[:segments], given[segments:]
 
 
-def salient_counts(tokens: int, windows: Windows, saliency: Tensor) -> tuple[Tensor, Tensor]:
-    """The budget goes where the most salient units of the collapsed video lie, exactly.
-
-    saliency: [t * p]. A static patch counts with its mean over the window.
-    """
-    patches = windows.static.shape[1]
-    by_frame = saliency.view(-1, patches)
-    length = torch.bincount(windows.segment)[:, None]
-    mean = torch.zeros(windows.static.shape, device=saliency.device)
-    mean = mean.index_add_(0, windows.segment, by_frame) / length
-    static = mean.masked_fill(~windows.static, -torch.inf)
-    dynamic = by_frame.masked_fill(windows.static[windows.segment], -torch.inf)
-    score = torch.cat([static, dynamic])
-    best = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    best[picks.top(score.view(-1), tokens)] = True
-    given = best.view(score.shape).sum(1)
-    return given[: static.shape[0]], given[static.shape[0] :]
-
-
 class HoliTom(Reducer):
     """Spatio-temporal merging before the model, token merging inside it.
 
@@ -142,9 +123,9 @@ class HoliTom(Reducer):
     neighbours: neighbours that make a point's density (K).
     merge, beta: how a cluster is averaged; `beta` is the weight of its centre.
     static_saliency: exponent of saliency in the choice of static cluster centres; 0 ignores it.
-    counts: how many tokens each window and frame gets. `exact`: in proportion to size;
-        `salient`: where the most salient units lie; both meet the budget. `published`: the
-        paper's rounding per frame and segment, which may miss it.
+    counts: how many tokens each window and frame gets. `exact` shares the budget in proportion to
+        size and meets it; `published` rounds per frame and segment as the paper's code does and
+        may miss it.
     order: `time` = ascending (t, y, x); `published` = static first, then frame by frame.
     inner: the merge inside the model, or None.
     """
@@ -159,8 +140,8 @@ class HoliTom(Reducer):
     neighbours: int = Field(default=7, ge=1)
     merge: merges.MergeRule = "beta"
     beta: float = Field(default=0.6, ge=0, le=1)
-    static_saliency: float = Field(default=2.0, ge=0)
-    counts: Literal["exact", "salient", "published"] = "exact"
+    static_saliency: float = Field(default=4.0, ge=0)
+    counts: Literal["exact", "published"] = "exact"
     order: Literal["time", "published"] = "time"
     inner: InnerMerge | None = InnerMerge(layer=5 / 6, drop=0.25)
 
@@ -183,11 +164,7 @@ class HoliTom(Reducer):
             share = published_counts(ratio, windows)
         else:
             windows = split_to_fit(links, segments, budget.tokens)
-            if self.counts == "salient":
-                windows = windows.to(saliency.device)
-                share = salient_counts(budget.tokens, windows, saliency)
-            else:
-                share = exact_counts(budget.tokens, windows)
+            share = exact_counts(budget.tokens, windows)
         memory.state["segments"] = windows.start.tolist()
         return self.assemble(tokens.x, tokens.grid, saliency, windows, *share)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from stream.errors import SourceError
 
@@ -133,35 +134,39 @@ class Tally:
         )
 
 
-class Source(Protocol):
+class Source(ABC):
     """A finite source of frames. Use it in a `with` block, or call `close` when done."""
 
     @property
+    @abstractmethod
     def info(self) -> SourceInfo: ...
 
     @property
+    @abstractmethod
     def report(self) -> DecodeReport:
         """Of the latest `read`, up to where it has come."""
-        ...
 
+    @abstractmethod
     def read(self, sampling: Sampling, start: int = 0) -> Iterator[Frame]:
         """The sampled frames in order of time, from the `start`-th on.
 
         `read(sampling, k)` gives what `list(read(sampling))[k:]` gives.
         Raises SourceError when not one frame can be had.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def open_source(

@@ -9,20 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import decord
 
 from stream.data import Frame
 from stream.errors import SourceError
 
-from .base import DecodeReport, SourceInfo, Tally, check_start, reason_of
+from .base import DecodeReport, Source, SourceInfo, Tally, check_start, reason_of
 from .sampling import Sampling, Uniform
 from .video_file import probe, read_timeline
 
 
-class DecordFile:
+class DecordFile(Source):
     """A clean video file on a disk; the same frames as `VideoFile` up to rounding of colours."""
 
     def __init__(self, path: Path) -> None:
@@ -47,17 +45,6 @@ class DecordFile:
 
     def close(self) -> None:
         """A reading owns its file and releases it when it ends."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read(self, sampling: Sampling, start: int, tally: Tally) -> Iterator[Frame]:
         decord.logging.set_level(decord.logging.QUIET)

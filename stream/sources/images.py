@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +20,7 @@ from stream.errors import SourceError
 from .base import (
     IMAGE_SUFFIXES,
     DecodeReport,
+    Source,
     SourceInfo,
     Tally,
     check_start,
@@ -36,7 +36,7 @@ IMAGE_PERIOD_S = 1.0
 """Images carry no clock: the n-th one is shown at n * IMAGE_PERIOD_S."""
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """The images directly in `folder`; folders in it are not entered."""
 
     def __init__(self, folder: Path) -> None:
@@ -88,17 +88,6 @@ class ImageFolder:
 
     def close(self) -> None:
         """Nothing is held open between images."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read(self, sampling: Sampling, start: int, tally: Tally) -> Iterator[Frame]:
         pts_s = np.arange(len(self._images), dtype=np.float64) * np.float64(IMAGE_PERIOD_S)

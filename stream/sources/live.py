@@ -18,13 +18,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
 from stream.data import Frame
 from stream.errors import SourceError
 
-from .base import DecodeReport, SourceInfo, Tally, reason_of
+from .base import DecodeReport, Source, SourceInfo, Tally, reason_of
 from .live_address import parse_address
 from .live_reader import Arrived, Connection, ConnectionLost, sample_of
 from .live_relay import Relay
@@ -61,7 +59,7 @@ class _Placed:
     index: int
 
 
-class Live:
+class Live(Source):
     """A live source; it starts connecting at once, in the background.
 
     Raises SourceError for an address that can never be opened. One that cannot be reached now is
@@ -168,17 +166,6 @@ class Live:
             self._relay.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def info(self) -> SourceInfo:

@@ -11,13 +11,12 @@ import select
 from collections.abc import Generator, Iterator
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from stream.data import Frame
 from stream.errors import SourceError
 
-from .base import DecodeReport, SourceInfo, Tally, check_start
+from .base import DecodeReport, Source, SourceInfo, Tally, check_start
 from .demux import describe, open_container, pictures, say_if_short, video_stream
 from .pictures import to_rgb
 from .sampling import FpsClock, Reservoir, Sampling, Uniform
@@ -67,7 +66,7 @@ class PipeReader:
             self.error = self.error or ValueError("closed")
 
 
-class VideoPipe:
+class VideoPipe(Source):
     """A video that a named pipe carries; it can be read once."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
@@ -130,17 +129,6 @@ class VideoPipe:
     def _release(self) -> None:
         self._container.close()
         self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read(self, sampling: Sampling, start: int) -> Generator[Frame]:
         count = 0

@@ -12,13 +12,12 @@ import weakref
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from stream.data import Frame
 from stream.errors import SourceError
 
-from .base import DecodeReport, SourceInfo, Tally, check_start
+from .base import DecodeReport, Source, SourceInfo, Tally, check_start
 from .demux import Damaged, Timeline, describe, open_container, pictures, scan, video_stream
 from .pictures import Orientation, to_rgb
 from .sampling import Indices, Sampling, Uniform
@@ -32,7 +31,7 @@ _JUMP_FRAMES = 64
 _SEEKS_WELL = ("mov", "matroska")
 
 
-class VideoFile:
+class VideoFile(Source):
     """A video file on a disk."""
 
     def __init__(self, path: Path) -> None:
@@ -60,17 +59,6 @@ class VideoFile:
         """End all readings and release their files."""
         for reading in list(self._readings):
             reading.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read(self, sampling: Sampling, start: int, tally: Tally) -> Generator[Frame]:
         name = str(self._path)

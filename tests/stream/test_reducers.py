@@ -25,8 +25,6 @@ from stream.reducers.holitom import (
     Windows,
     corrected_ratio,
     published_counts,
-    salient_counts,
-    split_to_fit,
     temporal_mean,
 )
 from stream.reducers.inner_merge import InnerMerge, fold
@@ -527,19 +525,3 @@ def test_inner_merge_site_is_a_share_of_the_depth() -> None:
     assert InnerMerge(layer=3).site.layer_index(6) == 3
     with pytest.raises(ConfigError, match=r"acts at layer 6, the model has layers 0\.\.5"):
         InnerMerge(layer=6).site.layer_index(6)
-
-
-def test_salient_counts_follow_the_most_salient_units() -> None:
-    tokens, saliency = video(6, 9, 0.5, seed=7)
-    links, segments = HoliTom().segments(tokens)
-    windows = split_to_fit(links, segments, 20)
-    static, dynamic = salient_counts(20, windows, saliency)
-    assert int(static.sum() + dynamic.sum()) == 20
-    plan = planned(HoliTom(counts="salient"), tokens, saliency, 20)
-    assert plan.k == 20
-    kept = torch.zeros(54, dtype=torch.bool)
-    kept[plan.anchor] = True
-    moving = ~windows.static[windows.segment].view(-1)
-    lowest = saliency[kept & moving].min() if bool((kept & moving).any()) else torch.inf
-    left = saliency[~kept & moving]
-    assert left.numel() == 0 or float(left.max()) <= float(lowest)
