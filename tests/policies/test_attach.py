@@ -370,7 +370,8 @@ def test_plans_and_lengths_say_what_was_kept(
 
 def test_holitom_halves_inside_the_model() -> None:
     model, inputs = build("llava_onevision"), inputs_of("llava_onevision")
-    with attach(model, "holitom", tokens=12) as held:
+    paper = {"layer": 18 / 28, "drop": 0.5}
+    with attach(model, "holitom", tokens=12, inner=paper) as held:
         generate(model, inputs, **SHORT)
         ((plan,),) = held.plans
         assert (plan.n, plan.k) == (36, 6)
