@@ -1,7 +1,12 @@
-"""The generated parts of README.md: `python -m foveate.readme` writes them."""
+"""The generated parts of README.md.
+
+python -m foveate.readme                                        # write them anew
+python -m foveate.readme --results RUN/results.json --title T   # with a run of `bench quality`
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -55,5 +60,23 @@ def _one_run(run: dict[str, Any]) -> str:
     return head + "\n\n" + "\n".join(lines)
 
 
-if __name__ == "__main__":
+def publish(results: Path, title: str) -> None:
+    """Put a run into the published results; it replaces the run of the same title."""
+    runs = json.loads(QUALITY.read_text())["runs"] if QUALITY.exists() else []
+    new = {"title": title} | json.loads(results.read_text())
+    kept = [run for run in runs if run["title"] != title]
+    QUALITY.write_text(json.dumps({"runs": [*kept, new]}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--title", default="tiny-video")
+    given = parser.parse_args()
+    if given.results:
+        publish(given.results, given.title)
     README.write_text(rendered(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

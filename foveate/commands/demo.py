@@ -45,7 +45,7 @@ def demo(folder: Path, runner: str, as_json: bool) -> None:
                 "right": sum(a == t for a, t in zip(answers[method], truth, strict=True)),
                 "questions": len(truth),
                 **{f"{stage} ms": round(timings[stage]) for stage in ("encode", "reduce")},
-                "first token ms": round(timings["prefill"]),
+                f"prefill ms, {len(truth)} questions": round(timings["prefill"]),
             }
         )
         if method == "holitom":
