@@ -8,6 +8,7 @@ where it was.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -103,14 +104,16 @@ def jobs_of(
 
 @lru_cache(maxsize=1)
 def _model(name: str, device: str | None) -> tuple[Any, Any]:
+    """The model of this process; processes spread over the GPUs by their number."""
     import torch
 
     from policies.models import load, quiet
 
     quiet()
-    if device and device.startswith("cuda"):
+    if device == "cuda":
         torch.set_num_threads(1)
-    return load(name, device)
+        device = f"cuda:{os.getpid() % torch.cuda.device_count()}"
+    return load(name, device, torch.float32)
 
 
 def run_job(job: Job, config: QualityConfig, device: str | None) -> list[Piece]:
@@ -180,22 +183,12 @@ def run_jobs(
             yield run_job(job, config, device)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        pending = [
-            pool.submit(run_job, job, config, _device_of(device, i)) for i, job in enumerate(jobs)
-        ]
+        pending = [pool.submit(run_job, job, config, device) for job in jobs]
         try:
             for future in as_completed(pending):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _device_of(device: str | None, job: int) -> str | None:
-    if device != "cuda":
-        return device
-    import torch
-
-    return f"cuda:{job % torch.cuda.device_count()}"
 
 
 def read_pieces(path: Path) -> list[Piece]:
