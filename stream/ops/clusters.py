@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .picks import top_mask
-
 
 def density_peak_score(
     distance: Tensor, neighbours: Tensor, valid: Tensor | None = None, noise: Tensor | None = None
@@ -45,8 +43,3 @@ def assign(distance: Tensor, centre: Tensor) -> Tensor:
     owner = to_centre.argmin(-1)
     own = torch.arange(distance.shape[-1], device=distance.device).expand_as(owner)
     return torch.where(centre, own, owner)
-
-
-def peaks(score: Tensor, count: Tensor) -> Tensor:
-    """The `count` best points of each group, bool [b, n]."""
-    return top_mask(score, count)

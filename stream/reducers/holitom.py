@@ -263,7 +263,7 @@ class HoliTom(Reducer):
         if self.static_saliency:
             boost = padded.apply(saliency[:, None]).view(valid.shape).clamp_min(1e-12)
             density = torch.where(valid, density * boost**self.static_saliency, density)
-        centre = clusters.peaks(density, count)
+        centre = picks.top_mask(density, count)
         owner = clusters.assign(distance, centre)
 
         local_units = torch.full(valid.shape, -1, device=x.device)

@@ -257,12 +257,6 @@ def test_assign_takes_the_nearest_centre_and_of_equals_the_first(
         assert owner == (i if i in chosen else best)
 
 
-def test_peaks_are_the_best_scores() -> None:
-    score = drawn(3, 6)
-    count = torch.tensor([0, 2, 6])
-    assert torch.equal(clusters.peaks(score, count), picks.top_mask(score, count))
-
-
 # ---------------------------------------------------------------- merges
 
 

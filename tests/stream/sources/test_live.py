@@ -368,4 +368,7 @@ def test_closing_at_once_and_while_a_consumer_is_slow() -> None:
         source = Live(LAVFI, settings)
         next_frame(source)
         time.sleep(0.2)
+        began_s = time.monotonic()
         source.close()
+        assert time.monotonic() - began_s < CLOSE_S
+        assert source.stats.phase == "ended"
