@@ -1,4 +1,5 @@
-"""The frozen values that cross a stage: Frame -> VisualTokens -> Plan -> Answer -> Step.
+"""The frozen values that cross a stage: Frame -> VisualTokens -> Plan -> Answer | ActionChunk
+-> Step.
 
 All are validated at birth, carry units in their names, and print shapes instead of contents.
 `Plan` has a file of its own, plan.py.
@@ -6,6 +7,7 @@ All are validated at birth, carry units in their names, and print shapes instead
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +160,74 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a robot sees and feels at one moment.
+
+    images: uint8 [height, width, 3] RGB upright of each camera, in the policy's order; None where
+        a camera gave nothing.
+    state: float32 [s], proprioception in the environment's units.
+    instruction: what the robot is told to do.
+    time_s: when the pictures were taken, seconds in the episode's clock.
+    """
+
+    images: Mapping[str, NDArray[np.uint8] | None]
+    state: NDArray[np.float32]
+    instruction: str
+    time_s: float
+
+    def __post_init__(self) -> None:
+        for camera, image in self.images.items():
+            if image is not None and (
+                image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3
+            ):
+                raise ValueShapeError(
+                    f"Camera '{camera}' gave {image.dtype} {image.shape}; "
+                    "it must be uint8 [height, width, 3], or None when it gave nothing."
+                )
+        if self.state.dtype != np.float32 or self.state.ndim != 1:
+            raise ValueShapeError(
+                f"Observation.state is {self.state.dtype} {self.state.shape}; "
+                "it must be float32 [s]."
+            )
+        if not (np.isfinite(self.state).all() and np.isfinite(self.time_s)):
+            raise ValueShapeError(
+                "Observation.state or time_s holds NaN or infinite values; "
+                "hold the robot until its sensors are back."
+            )
+
+    def __repr__(self) -> str:
+        seen = {c: None if i is None else i.shape for c, i in self.images.items()}
+        return f"Observation({seen}, state={self.state.shape}, time_s={self.time_s:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
+class ActionChunk:
+    """What a robot policy wants done.
+
+    actions: float32 [steps, a], one row for each control period, in the environment's units.
+    observed_s: `time_s` of the observation it was computed from.
+    """
+
+    actions: NDArray[np.float32]
+    observed_s: float
+
+    def __post_init__(self) -> None:
+        if self.actions.dtype != np.float32 or self.actions.ndim != 2:
+            raise ValueShapeError(
+                f"ActionChunk.actions is {self.actions.dtype} {self.actions.shape}; "
+                "it must be float32 [steps, a]."
+            )
+        if not np.isfinite(self.actions).all():
+            raise ValueShapeError(
+                "The policy gave NaN or infinite actions; they must never reach a robot. "
+                "Run it in float32 to find where they come from."
+            )
+
+    def __repr__(self) -> str:
+        return f"ActionChunk({self.actions.shape}, observed_s={self.observed_s:.3f})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,84 @@
+"""Declares `foveate bench ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .apps import bench_app
+from .options import Json
+
+
+@bench_app.command("quality")
+def bench_quality(
+    model: Annotated[str, typer.Option(help="Name in the box or checkpoint folder.")] = (
+        "tiny-video"
+    ),
+    reducers: Annotated[str, typer.Option(help="Names by comma, or all.")] = "all",
+    retain: Annotated[str, typer.Option(help="Shares by comma.")] = "1,0.25,0.2,0.15,0.1,0.05",
+    videos: Annotated[int, typer.Option(help="Videos; each has about 12 questions.")] = 100,
+    frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
+    split: Annotated[str, typer.Option(help="heldout, or train for tuning.")] = "heldout",
+    positions: Annotated[str, typer.Option(help="keep or renumber.")] = "keep",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...")] = None,
+    workers: Annotated[int, typer.Option(help="Processes; more than one disturbs the ms.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of random choices.")] = 0,
+    out: Annotated[Path, typer.Option(help="Run folder; what is done is not run again.")] = (
+        Path("runs/quality")
+    ),
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Of one reducer: holitom.tau=0.7")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of every method at every retain ratio on held-out questions."""
+    from ..commands import bench as command
+
+    command.quality(
+        model,
+        reducers,
+        retain,
+        videos,
+        frames,
+        split,
+        positions,
+        device,
+        workers,
+        seed,
+        out,
+        override or [],
+        as_json,
+    )
+
+
+@bench_app.command("merge")
+def bench_merge(
+    frames: Annotated[int, typer.Option(help="Frames.")] = 32,
+    patches: Annotated[int, typer.Option(help="Patches a frame, a square.")] = 196,
+    channels: Annotated[int, typer.Option(help="Channels.")] = 3584,
+    retain: Annotated[float, typer.Option(help="Share of tokens to keep.")] = 0.15,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 ...")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed runs.")] = 21,
+    seed: Annotated[int, typer.Option(help="Of the synthetic features.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of HoliTom's whole stage before the model, on synthetic features."""
+    from ..commands import bench as command
+
+    command.merge(frames, patches, channels, retain, threads, device, dtype, repeats, seed, as_json)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    video: Annotated[Path, typer.Argument(help="A video file, best a long one.")],
+    frames: Annotated[int, typer.Option(help="Uniform frames; 0 samples one a second.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Resident memory while a long file is read."""
+    from ..commands import bench as command
+
+    command.decode(video, frames, as_json)

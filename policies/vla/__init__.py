@@ -1,0 +1,1 @@
+"""Robot policies: what they see is pruned inside a deadline."""
