@@ -17,7 +17,8 @@ from stream.registry import build_reducer, reducer_class, reducer_names
 from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
-from .hooks import Positions, ReductionHooks, VideoSpan
+from .hooks import Positions, ReductionHooks
+from .spans import VisualSpan
 
 
 def check_fit(adapter: VideoAdapter, reducer: Reducer) -> None:
@@ -109,7 +110,7 @@ class Attachment:
                 pooled.extend(self._adapter.pooled_saliency(self._tap.take(), grids))
             return pooled[video]
 
-        rows: list[list[VideoSpan]] = []
+        rows: list[list[VisualSpan]] = []
         video = 0
         for row in places:
             spans = []
@@ -121,7 +122,7 @@ class Attachment:
                         "tokens; pass whole prompts, with `prefill_chunk_size` unset."
                     )
                 spans.append(
-                    VideoSpan(
+                    VisualSpan(
                         slots=place.slots,
                         grid=place.grid,
                         pts_s=place.pts_s,

@@ -20,8 +20,9 @@ from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
 from .attach import check_fit
-from .hooks import Positions, ReductionHooks, VideoSpan, lift
+from .hooks import Positions, ReductionHooks
 from .models import load
+from .spans import VisualSpan, lift
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class VideoReasoner:
         first = _FirstToken()
         with hooks:
             if inside:
-                span = VideoSpan(
+                span = VisualSpan(
                     prompt.slots, video.grid, video.pts_s, video.budget, video.plan, Signals({})
                 )
                 hooks.expect([[span]] * len(questions))
