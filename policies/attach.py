@@ -17,8 +17,7 @@ from stream.registry import build_reducer, reducer_class, reducer_names
 from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
-from .hooks import Positions, ReductionHooks
-from .spans import VisualSpan
+from .hooks import Positions, ReductionHooks, VideoSpan
 
 
 def check_fit(adapter: VideoAdapter, reducer: Reducer) -> None:
@@ -110,7 +109,7 @@ class Attachment:
                 pooled.extend(self._adapter.pooled_saliency(self._tap.take(), grids))
             return pooled[video]
 
-        rows: list[list[VisualSpan]] = []
+        rows: list[list[VideoSpan]] = []
         video = 0
         for row in places:
             spans = []
@@ -122,7 +121,7 @@ class Attachment:
                         "tokens; pass whole prompts, with `prefill_chunk_size` unset."
                     )
                 spans.append(
-                    VisualSpan(
+                    VideoSpan(
                         slots=place.slots,
                         grid=place.grid,
                         pts_s=place.pts_s,

@@ -8,7 +8,7 @@ rotary tables and decode steps are re-indexed to what is alive at each layer.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,16 +16,71 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stream.data import Budget, PatchGrid, VisualTokens
 from stream.errors import AttachError, ConfigError
-from stream.reducers.base import Reducer
-from stream.signals import Signal
+from stream.memory import Memory
+from stream.plan import Plan
+from stream.reducers.base import Reducer, reduce_stage
+from stream.signals import Signal, Signals
 
 from .probes import Probe, last_row, probing
-from .spans import VisualSpan, reduce_rows
 
 Positions = Literal["keep", "renumber"]
 
 _attached: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpan:
+    """The visual tokens of one video inside one sequence.
+
+    slots: long [n], their places in the sequence; plan: what became of the video's tokens so far.
+    """
+
+    slots: Tensor
+    grid: PatchGrid
+    pts_s: tuple[float, ...]
+    budget: Budget
+    plan: Plan
+    signals: Signals
+    memory: Memory = field(default_factory=Memory)
+
+    def reduced(self, reducer: Reducer, x: Tensor, extra: dict[Signal, Tensor]) -> Plan:
+        """Run one stage over this video's rows of x [t, d]; `extra` signals are [t]."""
+        tokens = VisualTokens(x[self.slots], self.plan.anchor, self.grid, self.pts_s)
+        local = {signal: value[self.slots] for signal, value in extra.items()}
+        return reduce_stage(reducer, tokens, self.signals.extended(local), self.budget, self.memory)
+
+
+def lift(plans: list[tuple[Tensor, Plan]], length: int, device: torch.device) -> Plan:
+    """Plans over some places of a sequence -> one plan over the whole sequence.
+
+    plans: (slots long [n], plan over n tokens) of each video; all other places pass. The rows of
+    a plan take the places of its anchors in order, so a plan whose rows are not ascending keeps
+    its own order.
+    """
+    passing = torch.ones(length, dtype=torch.bool, device=device)
+    anchors, places, rows, cols, weights = [], [], [], [], []
+    first = 0
+    for slots, plan in plans:
+        passing[slots] = False
+        row, col, weight = plan.entries()
+        anchors.append(slots[plan.anchor])
+        places.append(slots[plan.anchor.sort().values])
+        rows.append(row + first)
+        cols.append(slots[col])
+        weights.append(weight)
+        first += plan.k
+    text = passing.nonzero().squeeze(-1)
+    anchor = torch.cat([*anchors, text])
+    place = torch.cat([*places, text])
+    order = torch.argsort(place)
+    if all(plan.is_gather for _, plan in plans):
+        return Plan.keep(anchor[order], length)
+    row = torch.cat([*rows, torch.arange(first, first + text.numel(), device=device)])
+    weight = torch.cat([*weights, torch.ones(text.numel(), device=device)])
+    new_row = torch.argsort(order)[row]
+    return Plan.merge(anchor[order], new_row, torch.cat([*cols, text]), weight, length)
 
 
 @dataclass(slots=True)
@@ -38,7 +93,7 @@ class _Prefill:
     decode positions.
     """
 
-    rows: list[list[VisualSpan]]
+    rows: list[list[VideoSpan]]
     full_length: int
     entered: Tensor | None = None
     length: int = 0
@@ -77,18 +132,18 @@ class ReductionHooks:
                 f"positions is '{positions}'; allowed: {', '.join(get_args(Positions))}."
             )
         self._positions = positions
-        self._expected: list[list[VisualSpan]] | None = None
+        self._expected: list[list[VideoSpan]] | None = None
         self._positions_inferred = False
         self._prefill: _Prefill | None = None
         self._by_cache: WeakKeyDictionary[Any, _Prefill | None] = WeakKeyDictionary()
         self._stack = ExitStack()
 
     @property
-    def rows(self) -> list[list[VisualSpan]]:
+    def rows(self) -> list[list[VideoSpan]]:
         """The videos of the last prefill, with what became of them."""
         return self._prefill.rows if self._prefill else []
 
-    def expect(self, rows: list[list[VisualSpan]]) -> None:
+    def expect(self, rows: list[list[VideoSpan]]) -> None:
         """The videos of each sequence of the next prefill."""
         self._expected = rows if any(rows) else None
 
@@ -180,7 +235,7 @@ class ReductionHooks:
         state = self._prefill
         assert state is not None
         for reducer in self._before:
-            embeds, entered, state.rows = reduce_rows(state.rows, reducer, embeds, {})
+            embeds, entered = self._apply_stage(reducer, embeds, {})
             state.entered = entered if state.entered is None else state.entered.gather(1, entered)
         if state.entered is None or state.entered.shape[1] == state.full_length:
             state.entered = None
@@ -293,11 +348,41 @@ class ReductionHooks:
             if layer in state.last_rows:
                 extra[Signal.LAST_ROW] = state.last_rows.pop(layer)
             before = hidden.shape[1]
-            hidden, kept, state.rows = reduce_rows(state.rows, reducer, hidden, extra)
+            hidden, kept = self._apply_stage(reducer, hidden, extra)
             if hidden.shape[1] < before:
                 alive = kept if alive is None else alive.gather(1, kept)
         state.alive[layer] = alive
         return hidden
+
+    def _apply_stage(
+        self, reducer: Reducer, x: Tensor, extra: dict[Signal, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x [b, n, d] -> (x of what is left [b, k, d], its places among the n, long [b, k])."""
+        state = self._prefill
+        assert state is not None
+        outputs, kept, rows = [], [], []
+        for i, spans in enumerate(state.rows):
+            local = {signal: value[i] for signal, value in extra.items()}
+            plans = [(s.slots, s.reduced(reducer, x[i], local)) for s in spans]
+            whole = lift(plans, x.shape[1], x.device)
+            outputs.append(whole.apply(x[i]))
+            kept.append(whole.anchor)
+            slot_of = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
+            slot_of[whole.anchor] = torch.arange(whole.k, device=x.device)
+            rows.append(
+                [
+                    replace(s, slots=slot_of[s.slots[plan.anchor]], plan=plan @ s.plan)
+                    for s, (_, plan) in zip(spans, plans, strict=True)
+                ]
+            )
+        if len({o.shape[0] for o in outputs}) > 1:
+            raise AttachError(
+                "The sequences of the batch shrink to different lengths "
+                f"({sorted({o.shape[0] for o in outputs})}); give all videos of a batch the same "
+                "number of frames, or run them one by one."
+            )
+        state.rows = rows
+        return torch.stack(outputs), torch.stack(kept)
 
 
 def _like(index: Tensor, target: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
 from .attach import check_fit
-from .hooks import Positions, ReductionHooks
+from .hooks import Positions, ReductionHooks, VideoSpan, lift
 from .models import load
-from .spans import VisualSpan, lift
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class VideoReasoner:
         first = _FirstToken()
         with hooks:
             if inside:
-                span = VisualSpan(
+                span = VideoSpan(
                     prompt.slots, video.grid, video.pts_s, video.budget, video.plan, Signals({})
                 )
                 hooks.expect([[span]] * len(questions))

@@ -71,7 +71,7 @@ def watching() -> Iterator[list[Seen]]:
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("policies.spans.reduce_stage", watched)
+        patch.setattr("policies.hooks.reduce_stage", watched)
         yield seen
 
 

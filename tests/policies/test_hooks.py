@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policies.adapter import VideoAdapter
 from policies.attach import attach
-from policies.spans import lift
+from policies.hooks import lift
 from stream.errors import AttachError
 from stream.plan import Plan
 from stream.reducers.base import Reducer
