@@ -16,9 +16,12 @@ from transformers import PreTrainedModel
 
 from stream.data import Frame, PatchGrid
 from stream.errors import AttachError
+from stream.reducers.base import Reducer
 from stream.signals import Signal
 
-from .probes import column_mean, probing
+from .fit import check_fit
+from .hooks import INSIDE
+from .probes import Attention, probing
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,11 @@ class SaliencyTap:
 class VideoAdapter(ABC):
     """One family of video LLMs in transformers' implementation."""
 
-    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.SALIENCY, Signal.LAST_ROW})
+    provides: ClassVar[frozenset[Signal]] = frozenset({Signal.SALIENCY})
+    """Signals before the language model."""
+
+    provides_inside: ClassVar[frozenset[Signal]] = INSIDE
+    """Signals inside it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
@@ -113,11 +120,15 @@ class VideoAdapter(ABC):
         """Consecutive frames that one row of the patch grid covers."""
         return 1
 
+    def check_fit(self, reducer: Reducer) -> None:
+        """Raise AttachError if a stage needs a signal that this model does not give there."""
+        check_fit(type(self.model).__name__, reducer, self.provides, self.provides_inside)
+
     def saliency(self, tap: SaliencyTap) -> AbstractContextManager[None]:
         """While active, the vision encoder's received attention flows into `tap`."""
 
-        def probe(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
-            tap.add(column_mean(query, key, scaling))
+        def probe(attention: Attention) -> None:
+            tap.add(attention.received_from_all())
 
         return probing(self.vision_model, {self.saliency_layer: probe})
 

@@ -13,23 +13,12 @@ from stream.errors import AttachError, BudgetError, ConfigError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.base import Reducer
-from stream.registry import build_reducer, reducer_class, reducer_names
+from stream.registry import build_reducer
 from stream.signals import Signal, Signals
 
-from .adapter import SaliencyTap, VideoAdapter, adapter_for
-from .hooks import Positions, ReductionHooks, VideoSpan
-
-
-def check_fit(adapter: VideoAdapter, reducer: Reducer) -> None:
-    """Raise AttachError if a stage needs a signal this model cannot give."""
-    needs = frozenset().union(*(stage.needs for stage in reducer.stages))
-    missing = needs - adapter.provides
-    if missing:
-        fitting = [n for n in reducer_names() if reducer_class(n).needs <= adapter.provides]
-        raise AttachError(
-            f"{type(adapter.model).__name__} cannot give {', '.join(sorted(missing))}, which "
-            f"{type(reducer).__name__} needs; reducers that fit: {', '.join(fitting)}."
-        )
+from .adapter import SaliencyTap, adapter_for
+from .hooks import Positions, ReductionHooks
+from .prefill import VideoSpan
 
 
 class Attachment:
@@ -49,7 +38,7 @@ class Attachment:
         seed: int,
     ) -> None:
         self._adapter = adapter_for(model)
-        check_fit(self._adapter, reducer)
+        self._adapter.check_fit(reducer)
         if (retain is None) == (tokens is None):
             raise BudgetError(
                 f"retain is {retain} and tokens is {tokens}; give exactly one of them."
@@ -96,7 +85,7 @@ class Attachment:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return
-        self._hooks.expect([])
+        self._hooks.forget()
         places = self._adapter.places(kwargs)
         if not any(places):
             return
@@ -133,7 +122,8 @@ class Attachment:
                 )
                 video += 1
             rows.append(spans)
-        self._hooks.expect(rows)
+        text_from = min(int(row[-1].slots[-1]) + 1 for row in places if row)
+        self._hooks.expect(rows, text_from)
 
     def _budget(self, n: int) -> Budget:
         if self._retain is not None:

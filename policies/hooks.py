@@ -8,7 +8,7 @@ rotary tables and decode steps are re-indexed to what is alive at each layer.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,99 +16,50 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stream.data import Budget, PatchGrid, VisualTokens
 from stream.errors import AttachError, ConfigError
-from stream.memory import Memory
-from stream.plan import Plan
-from stream.reducers.base import Reducer, reduce_stage
-from stream.signals import Signal, Signals
+from stream.reducers.base import Reducer
+from stream.signals import Signal
 
-from .probes import Probe, last_row, probing
+from .prefill import Prefill, VideoSpan
+from .probes import Attention, Probe, probing
+from .query_rows import ROW_SIGNALS, QueryRows
 
 Positions = Literal["keep", "renumber"]
+
+INSIDE = ROW_SIGNALS | {Signal.INPUT_EMBEDDINGS}
+"""Signals that any decoder of Llama's shape gives its stages."""
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
-class VideoSpan:
-    """The visual tokens of one video inside one sequence.
-
-    slots: long [n], their places in the sequence; plan: what became of the video's tokens so far.
-    """
-
-    slots: Tensor
-    grid: PatchGrid
-    pts_s: tuple[float, ...]
-    budget: Budget
-    plan: Plan
-    signals: Signals
-    memory: Memory = field(default_factory=Memory)
-
-    def reduced(self, reducer: Reducer, x: Tensor, extra: dict[Signal, Tensor]) -> Plan:
-        """Run one stage over this video's rows of x [t, d]; `extra` signals are [t]."""
-        tokens = VisualTokens(x[self.slots], self.plan.anchor, self.grid, self.pts_s)
-        local = {signal: value[self.slots] for signal, value in extra.items()}
-        return reduce_stage(reducer, tokens, self.signals.extended(local), self.budget, self.memory)
-
-
-def lift(plans: list[tuple[Tensor, Plan]], length: int, device: torch.device) -> Plan:
-    """Plans over some places of a sequence -> one plan over the whole sequence.
-
-    plans: (slots long [n], plan over n tokens) of each video; all other places pass. The rows of
-    a plan take the places of its anchors in order, so a plan whose rows are not ascending keeps
-    its own order.
-    """
-    passing = torch.ones(length, dtype=torch.bool, device=device)
-    anchors, places, rows, cols, weights = [], [], [], [], []
-    first = 0
-    for slots, plan in plans:
-        passing[slots] = False
-        row, col, weight = plan.entries()
-        anchors.append(slots[plan.anchor])
-        places.append(slots[plan.anchor.sort().values])
-        rows.append(row + first)
-        cols.append(slots[col])
-        weights.append(weight)
-        first += plan.k
-    text = passing.nonzero().squeeze(-1)
-    anchor = torch.cat([*anchors, text])
-    place = torch.cat([*places, text])
-    order = torch.argsort(place)
-    if all(plan.is_gather for _, plan in plans):
-        return Plan.keep(anchor[order], length)
-    row = torch.cat([*rows, torch.arange(first, first + text.numel(), device=device)])
-    weight = torch.cat([*weights, torch.ones(text.numel(), device=device)])
-    new_row = torch.argsort(order)[row]
-    return Plan.merge(anchor[order], new_row, torch.cat([*cols, text]), weight, length)
-
-
-@dataclass(slots=True)
-class _Prefill:
-    """One prefill and the decode steps that follow it.
-
-    rows: the videos of each sequence of the batch. entered: long [b, n0], original places of
-    what entered layer 0, of `full_length`; later: tokens seen since. alive: at a layer and after,
-    indices into layer 0's sequence, long [b, n]; None while everything is alive. shift: added to
-    decode positions.
-    """
-
+class _Expected:
     rows: list[list[VideoSpan]]
-    full_length: int
-    entered: Tensor | None = None
-    length: int = 0
-    later: int = 0
-    alive: dict[int, Tensor | None] = field(default_factory=dict)
-    shift: Tensor | None = None
-    last_rows: dict[int, Tensor] = field(default_factory=dict)
-    running: bool = True
+    text_from: int
+    prompt: Tensor | None
+
+    def queries(self, embeds: Tensor, mask: Tensor | None) -> QueryRows:
+        """embeds: [b, n, d] of the prefill; mask: its attention mask in any form."""
+        prompt = self.prompt
+        if prompt is None:
+            prompt = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
+            if mask is not None and mask.ndim == 2:
+                prompt = mask.bool()
+        if prompt.shape != embeds.shape[:2]:
+            raise AttachError(
+                f"`prompt` is {tuple(prompt.shape)} for a prefill of {tuple(embeds.shape[:2])}; "
+                "give one bool for each row of each sequence."
+            )
+        none = torch.full((1,), -1, device=embeds.device)
+        last = [torch.cat([none, *(span.slots for span in row)]).amax() for row in self.rows]
+        return QueryRows.of(prompt, torch.stack(last), embeds.shape[1] - self.text_from)
 
 
 class ReductionHooks:
     """Attaches the stages of a reducer to a text model. A context manager.
 
     Call `expect` with the videos of the next prefill; without it the model runs untouched.
-    `rows` then holds the videos with their final plans.
+    `rows` then holds the videos with their final plans. Stages inside the model may read `INSIDE`.
     """
 
     def __init__(
@@ -132,10 +83,10 @@ class ReductionHooks:
                 f"positions is '{positions}'; allowed: {', '.join(get_args(Positions))}."
             )
         self._positions = positions
-        self._expected: list[list[VideoSpan]] | None = None
+        self._expected: _Expected | None = None
         self._positions_inferred = False
-        self._prefill: _Prefill | None = None
-        self._by_cache: WeakKeyDictionary[Any, _Prefill | None] = WeakKeyDictionary()
+        self._prefill: Prefill | None = None
+        self._by_cache: WeakKeyDictionary[Any, Prefill | None] = WeakKeyDictionary()
         self._stack = ExitStack()
 
     @property
@@ -143,9 +94,21 @@ class ReductionHooks:
         """The videos of the last prefill, with what became of them."""
         return self._prefill.rows if self._prefill else []
 
-    def expect(self, rows: list[list[VideoSpan]]) -> None:
-        """The videos of each sequence of the next prefill."""
-        self._expected = rows if any(rows) else None
+    def expect(
+        self, rows: list[list[VideoSpan]], text_from: int, prompt: Tensor | None = None
+    ) -> None:
+        """Announce the next prefill.
+
+        rows: the videos of each sequence. text_from: the place behind the
+        last visual token, the smallest one of all sequences. prompt: bool [b, n], rows that count
+        as the prompt's when its attention is read, so that slots of actions that are decoded in
+        parallel do not; None = all that the 2-D attention mask shows.
+        """
+        self._expected = _Expected(rows, text_from, prompt)
+
+    def forget(self) -> None:
+        """The next prefill runs untouched, whatever was announced."""
+        self._expected = None
 
     def infer_positions(self, inferred: bool) -> None:
         """Whether the model itself makes up the next positions from what its first layer holds."""
@@ -153,15 +116,7 @@ class ReductionHooks:
 
     def lengths(self) -> list[int]:
         """Tokens (text included) that entered each decoder layer in the last prefill."""
-        if self._prefill is None:
-            return []
-        alive = self._prefill.alive
-        lengths, now = [], self._prefill.length
-        for layer in range(len(self._layers)):
-            kept = alive.get(layer)
-            now = now if kept is None else kept.shape[1]
-            lengths.append(now)
-        return lengths
+        return self._prefill.lengths(len(self._layers)) if self._prefill else []
 
     def __enter__(self) -> ReductionHooks:
         if self._text_model in _attached:
@@ -170,10 +125,10 @@ class ReductionHooks:
                 "before attaching another, or chain them into one."
             )
         requests: dict[nn.Module, Probe] = {}
-        for layer in self._inside:
-            if Signal.LAST_ROW in self._inside[layer].needs:
+        for layer, reducer in self._inside.items():
+            if needs := reducer.needs & ROW_SIGNALS:
                 attention = self._layers[layer - 1].get_submodule("self_attn")
-                requests[attention] = self._row_probe(layer)
+                requests[attention] = self._row_probe(layer, needs)
         with ExitStack() as stack:
             if requests:
                 stack.enter_context(probing(self._text_model, requests))
@@ -193,10 +148,13 @@ class ReductionHooks:
         self._stack.close()
         self._expected = None
 
-    def _row_probe(self, layer: int) -> Probe:
-        def probe(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
-            if self._prefill is not None and self._prefill.running:
-                self._prefill.last_rows[layer] = last_row(query, key, scaling, mask)
+    def _row_probe(self, layer: int, needs: frozenset[Signal]) -> Probe:
+        def probe(attention: Attention) -> None:
+            state = self._prefill
+            if state is not None and state.running:
+                state.signals[layer] = {
+                    signal: attention.received(*state.queries.behind(signal)) for signal in needs
+                }
 
         return probe
 
@@ -215,28 +173,30 @@ class ReductionHooks:
         if cache is not None and cache.get_seq_length() > 0:
             self._prefill = self._by_cache.get(cache, self._prefill)
             return self._continue(args, kwargs)
+        expected, self._expected = self._expected, None
         self._prefill = None
-        if self._expected is not None:
-            self._prefill = _Prefill(self._expected, full_length=embeds.shape[1])
+        if expected is not None:
+            if len(expected.rows) != embeds.shape[0]:
+                raise AttachError(
+                    f"{len(expected.rows)} sequences were announced, {embeds.shape[0]} came."
+                )
+            queries = expected.queries(embeds, kwargs.get("attention_mask"))
+            self._prefill = Prefill(expected.rows, embeds.shape[1], queries)
         if cache is not None:
             self._by_cache[cache] = self._prefill
         if self._prefill is None:
             return None
-        self._expected = None
-        if len(self._prefill.rows) != embeds.shape[0]:
-            raise AttachError(
-                f"{len(self._prefill.rows)} sequences were announced, {embeds.shape[0]} came."
-            )
-        kwargs = self._shrink_inputs(dict(kwargs), embeds)
+        kwargs = self._shrink_inputs(self._prefill, dict(kwargs), embeds)
         self._prefill.length = kwargs["inputs_embeds"].shape[1]
+        if any(Signal.INPUT_EMBEDDINGS in s.needs for s in self._inside.values()):
+            self._prefill.inputs = kwargs["inputs_embeds"]
         return args, kwargs
 
-    def _shrink_inputs(self, kwargs: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
-        state = self._prefill
-        assert state is not None
+    def _shrink_inputs(
+        self, state: Prefill, kwargs: dict[str, Any], embeds: Tensor
+    ) -> dict[str, Any]:
         for reducer in self._before:
-            embeds, entered = self._apply_stage(reducer, embeds, {})
-            state.entered = entered if state.entered is None else state.entered.gather(1, entered)
+            embeds = state.reduce_before(reducer, embeds)
         if state.entered is None or state.entered.shape[1] == state.full_length:
             state.entered = None
             return kwargs
@@ -256,7 +216,7 @@ class ReductionHooks:
         return kwargs | {
             "inputs_embeds": embeds,
             "position_ids": kept.contiguous(),
-            "attention_mask": mask.gather(1, state.entered),
+            "attention_mask": _masked_to(mask, state.entered, state.entered),
         }
 
     def _continue(
@@ -282,9 +242,8 @@ class ReductionHooks:
                     f"{new} tokens follow {first} seen ones, but the mask covers {mask.shape[-1]}; "
                     "on a pruned cache pass only new tokens, with a mask over all of them."
                 )
-            kwargs["attention_mask"] = mask.gather(
-                1, _columns(state.entered, state.full_length, mask.shape[1])
-            )
+            columns = _columns(state.entered, state.full_length, mask.shape[-1])
+            kwargs["attention_mask"] = _masked_to(mask, None, columns)
         position = kwargs.get("position_ids")
         if position is None:
             position = torch.arange(first, first + new, device=state.entered.device)[None]
@@ -302,7 +261,7 @@ class ReductionHooks:
                 return None
             hidden, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], None)
             if state.running:
-                hidden = self._enter_layer(layer, hidden)
+                hidden = state.enter_layer(layer, self._inside.get(layer), hidden)
             alive = state.alive.get(layer)
             if alive is None:
                 return None
@@ -317,8 +276,7 @@ class ReductionHooks:
                     )
                 kwargs["position_ids"] = None
                 if mask is not None:
-                    mask = torch.take_along_dim(mask, alive[:, None, :, None], dim=-2)
-                    mask = torch.take_along_dim(mask, alive[:, None, None, :], dim=-1)
+                    mask = _masked_to(mask, alive, alive)
             else:
                 held = kwargs["past_key_values"].layers[layer].get_seq_length()
                 if held != alive.shape[1] + state.later:
@@ -329,7 +287,7 @@ class ReductionHooks:
                     )
             if not state.running and mask is not None:
                 columns = _columns(alive, state.length, mask.shape[-1])
-                mask = torch.take_along_dim(mask, columns[:, None, None, :], dim=-1)
+                mask = _masked_to(mask, None, columns)
             kwargs["attention_mask"] = mask
             if rest is None:
                 return args, kwargs | {"hidden_states": hidden}
@@ -337,57 +295,19 @@ class ReductionHooks:
 
         return pre
 
-    def _enter_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """Prefill: run the stage of this layer, if any, and note what is alive from here on."""
-        state = self._prefill
-        assert state is not None
-        alive = state.alive.get(layer - 1)
-        reducer = self._inside.get(layer)
-        if reducer is not None:
-            extra = {}
-            if layer in state.last_rows:
-                extra[Signal.LAST_ROW] = state.last_rows.pop(layer)
-            before = hidden.shape[1]
-            hidden, kept = self._apply_stage(reducer, hidden, extra)
-            if hidden.shape[1] < before:
-                alive = kept if alive is None else alive.gather(1, kept)
-        state.alive[layer] = alive
-        return hidden
-
-    def _apply_stage(
-        self, reducer: Reducer, x: Tensor, extra: dict[Signal, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """x [b, n, d] -> (x of what is left [b, k, d], its places among the n, long [b, k])."""
-        state = self._prefill
-        assert state is not None
-        outputs, kept, rows = [], [], []
-        for i, spans in enumerate(state.rows):
-            local = {signal: value[i] for signal, value in extra.items()}
-            plans = [(s.slots, s.reduced(reducer, x[i], local)) for s in spans]
-            whole = lift(plans, x.shape[1], x.device)
-            outputs.append(whole.apply(x[i]))
-            kept.append(whole.anchor)
-            slot_of = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
-            slot_of[whole.anchor] = torch.arange(whole.k, device=x.device)
-            rows.append(
-                [
-                    replace(s, slots=slot_of[s.slots[plan.anchor]], plan=plan @ s.plan)
-                    for s, (_, plan) in zip(spans, plans, strict=True)
-                ]
-            )
-        if len({o.shape[0] for o in outputs}) > 1:
-            raise AttachError(
-                "The sequences of the batch shrink to different lengths "
-                f"({sorted({o.shape[0] for o in outputs})}); give all videos of a batch the same "
-                "number of frames, or run them one by one."
-            )
-        state.rows = rows
-        return torch.stack(outputs), torch.stack(kept)
-
 
 def _like(index: Tensor, target: Tensor) -> Tensor:
     """index [b, n] with leading axes of 1 until it has as many axes as `target`."""
     return index.view((1,) * (target.ndim - index.ndim) + index.shape)
+
+
+def _masked_to(mask: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+    """A mask [b, m] or [b, h, n, m] of some columns long [b, m'], and of some rows long [b, n']."""
+    if mask.ndim == 2:
+        return mask.gather(1, columns)
+    if rows is not None:
+        mask = torch.take_along_dim(mask, rows[:, None, :, None], dim=-2)
+    return torch.take_along_dim(mask, columns[:, None, None, :], dim=-1)
 
 
 def _columns(alive: Tensor, length: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,11 +21,62 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stream.errors import AttachError
 
-Probe = Callable[[Tensor, Tensor, float, Tensor | None], None]
-"""(queries [b, h, n, d], keys [b, h_kv, m, d], scaling, mask or None) -> None"""
-
 _PREFIX = "foveate_"
 _QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What one call of an attention function is given.
+
+    query: [b, h, n, d] and key: [b, h_kv, m, d], rotated; the queries belong to the last n keys.
+    mask: [1 or b, 1 or h, n, m or more], bool (True = may look) or added to the logits; without
+    one every query looks at all keys, or at those up to its own if `causal`.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    mask: Tensor | None
+    causal: bool
+
+    def received(self, rows: Tensor, taken: Tensor) -> Tensor:
+        """Attention each key receives, mean over heads and query rows, float32 [b, m].
+
+        rows: long [b, r], queries of each sequence; taken: bool [b, r], which of them count. What
+        a row may not see it gives 0. Works through blocks of rows: memory is [b, h, block, m].
+        """
+        total = torch.zeros(self.key.shape[0], self.key.shape[2], device=self.key.device)
+        blocks = zip(rows.split(_QUERY_BLOCK, 1), taken.split(_QUERY_BLOCK, 1), strict=True)
+        for block, counts in blocks:
+            share = self._logits(block).softmax(-1)
+            total += torch.where(counts[:, None, :, None], share, 0.0).sum((1, 2))
+        return total / (self.query.shape[1] * taken.sum(-1, keepdim=True).clamp_min(1))
+
+    def received_from_all(self) -> Tensor:
+        """`received` with every query."""
+        batch, n = self.query.shape[0], self.query.shape[2]
+        rows = torch.arange(n, device=self.query.device).expand(batch, -1)
+        return self.received(rows, torch.ones_like(rows, dtype=torch.bool))
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """float32 [b, h, r, m] of query rows long [b, r]; hidden keys have the lowest number."""
+        at = rows[:, None, :, None]
+        groups = self.query.shape[1] // self.key.shape[1]
+        key = self.key.float().repeat_interleave(groups, dim=1)
+        logits = self.query.take_along_dim(at, 2).float() @ key.mT * self.scaling
+        lowest = torch.finfo(logits.dtype).min
+        m = key.shape[2]
+        if self.mask is not None:
+            mask = self.mask[..., :m].take_along_dim(at, 2)
+            return logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
+        if self.causal:
+            own = at + m - self.query.shape[2]
+            return logits.masked_fill(torch.arange(m, device=key.device) > own, lowest)
+        return logits
+
+
+Probe = Callable[[Attention], None]
 _requests: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
@@ -39,7 +91,11 @@ def _probed(base: str) -> Callable[..., Any]:
     ) -> Any:
         probe = _requests.get(module)
         if probe is not None:
-            probe(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5, attention_mask)
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            causal = kwargs.get("is_causal")
+            if causal is None:
+                causal = getattr(module, "is_causal", True)
+            probe(Attention(query, key, scaling, attention_mask, causal))
         return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
 
     return attention
@@ -75,29 +131,3 @@ def probing(model: PreTrainedModel, requests: dict[nn.Module, Probe]) -> Iterato
         for module in requests:
             _requests.pop(module, None)
         model.set_attn_implementation(base)
-
-
-def last_row(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """Softmax attention of the last query to every key, mean over heads, float32 [b, m]."""
-    logits = _logits(query[:, :, -1:], key, scaling)
-    if mask is not None:
-        row = mask[:, :, -1:, : key.shape[2]]
-        logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row
-    return logits.softmax(-1).mean(1)[:, 0]
-
-
-def column_mean(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Mean attention each key receives over heads and queries, float32 [b, m], no causal mask.
-
-    Works through blocks of queries, so memory is [b, h, block, m].
-    """
-    total = torch.zeros(query.shape[0], key.shape[2], device=query.device)
-    for block in torch.split(query, _QUERY_BLOCK, dim=2):
-        total += _logits(block, key, scaling).softmax(-1).sum((1, 2))
-    return total / (query.shape[1] * query.shape[2])
-
-
-def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key = key.float().repeat_interleave(groups, dim=1)
-    return query.float() @ key.mT * scaling

@@ -19,9 +19,9 @@ from stream.reducers.base import Reducer
 from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
-from .attach import check_fit
-from .hooks import Positions, ReductionHooks, VideoSpan, lift
+from .hooks import Positions, ReductionHooks
 from .models import load
+from .prefill import VideoSpan, lift
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,14 @@ class Prompt:
     """Inputs of one batched prefill: [b, n] each.
 
     All rows share their first `shared` places, up to the end of the video; padding comes next, then
-    the question. slots: visual places, the same in every row.
+    the question. slots: visual places, the same in every row; text_from: the place behind them.
     """
 
     embeds: Tensor
     mask: Tensor
     position_ids: Tensor
     slots: Tensor
+    text_from: int
     shared: int
 
 
@@ -67,7 +68,7 @@ class VideoReasoner:
         max_new_tokens: int = 16,
     ) -> None:
         self.adapter: VideoAdapter = adapter_for(model)
-        check_fit(self.adapter, reducer)
+        self.adapter.check_fit(reducer)
         self._model = model
         self._processor = processor
         self._reducer = reducer
@@ -116,7 +117,7 @@ class VideoReasoner:
                 span = VideoSpan(
                     prompt.slots, video.grid, video.pts_s, video.budget, video.plan, Signals({})
                 )
-                hooks.expect([[span]] * len(questions))
+                hooks.expect([[span]] * len(questions), text_from=prompt.text_from)
             output = self._model.generate(
                 inputs_embeds=prompt.embeds,
                 attention_mask=prompt.mask,
@@ -189,8 +190,8 @@ class VideoReasoner:
         mask, position = mask[:, kept], position[..., kept]
         if self._positions == "renumber" and video.plan.k < n:
             position = (mask.cumsum(-1) - 1).clamp_min(0).expand(*position.shape[:-1], -1)
-        shared = stop - n + video.plan.k
-        return Prompt(embeds, mask, position.contiguous(), slots, shared)
+        text_from = start + video.plan.k
+        return Prompt(embeds, mask, position.contiguous(), slots, text_from, text_from + extra)
 
     @cached_property
     def _pad_id(self) -> int:

@@ -49,8 +49,7 @@ class Seen:
     reducer: Reducer
     tokens: VisualTokens
     plan: Plan
-    saliency: Tensor | None = None
-    last_row: Tensor | None = None
+    signals: dict[Signal, Tensor]
 
 
 @contextmanager
@@ -62,16 +61,12 @@ def watching() -> Iterator[list[Seen]]:
         reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
     ) -> Plan:
         plan = reduce_stage(reducer, tokens, signals, budget, memory)
-        one = Seen(reducer, tokens, plan)
-        if Signal.SALIENCY in reducer.needs:
-            one.saliency = signals[Signal.SALIENCY].clone()
-        if Signal.LAST_ROW in reducer.needs:
-            one.last_row = signals[Signal.LAST_ROW].clone()
-        seen.append(one)
+        given = {signal: signals[signal].clone() for signal in reducer.needs}
+        seen.append(Seen(reducer, tokens, plan, given))
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("policies.hooks.reduce_stage", watched)
+        patch.setattr("policies.prefill.reduce_stage", watched)
         yield seen
 
 
@@ -83,6 +78,16 @@ def stages_of(seen: list[Seen], slots: Tensor, depth: int) -> dict[int, Change]:
         changes[layer] = by_plan(slots, one.plan)
         slots = slots[one.plan.anchor]
     return changes
+
+
+def read_off(signal: Signal, attention: Tensor, alive: Tensor, slots: Tensor) -> Tensor:
+    """A signal about `slots` from the whole map [n, n]; alive: long [m], the rows still there."""
+    rows = {
+        Signal.LAST_ROW: alive[-1:],
+        Signal.PREFILL_ROWS: alive,
+        Signal.TEXT_ROWS: alive[alive > slots.max()][1:-1],
+    }
+    return attention[rows[signal]].mean(0)[slots]
 
 
 def by_plan(slots: Tensor, plan: Plan) -> Change:
@@ -98,13 +103,13 @@ class Oracle:
     """Hooks on a model with eager attention. One sequence at a time, or beams of one.
 
     changes: by layer, what happens at its entry during the prefill. padding: bool [n] of the
-    prompt. rows: by layer, the last attention row of the prefill, mean over heads, [n].
+    prompt. maps: by layer, the attention of the prefill, mean over heads, [n, n].
     """
 
     layers: Any
     changes: Mapping[int, Change] = field(default_factory=dict)
     padding: Tensor | None = None
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
     hidden_keys: dict[int, Tensor] = field(default_factory=dict)
 
     def before(self, layer: int, kwargs: dict[str, Any], x: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ class Oracle:
 
         def note(layer: int) -> Any:
             def hook(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-                self.rows.setdefault(layer, output[1][0, :, -1].mean(0))
+                self.maps.setdefault(layer, output[1][0].mean(0))
 
             return hook
 

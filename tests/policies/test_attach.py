@@ -25,7 +25,7 @@ from stream.plan import Plan
 from stream.reducers.base import Reducer, Site
 from stream.reducers.fastv import FastV
 from stream.reducers.saliency import Saliency
-from stream.signals import Signal, Signals
+from stream.signals import Signals
 from tests.policies.oracle import FAMILIES, apart, build, generate, inputs_of
 
 SHORT = {"max_new_tokens": 2, "min_new_tokens": 2}
@@ -219,14 +219,28 @@ def test_a_signal_the_model_cannot_give_names_the_reducers_that_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build("llava_onevision")
-    given = frozenset({Signal.LAST_ROW})
-    monkeypatch.setattr("policies.video.llava_onevision.Adapter.provides", given)
-    with pytest.raises(AttachError, match="cannot give saliency, which Saliency needs") as caught:
+    monkeypatch.setattr("policies.video.llava_onevision.Adapter.provides", frozenset())
+    with pytest.raises(AttachError, match="cannot give saliency where Saliency needs") as caught:
         attach(model, "saliency", retain=0.5)
     fitting = str(caught.value).split("reducers that fit: ")[1]
     assert "fastv" in fitting
     assert "uniform" in fitting
     assert "holitom" not in fitting
+
+
+def test_signals_are_given_where_they_arise() -> None:
+    """Rows of the language model are known inside it, the encoder's saliency before it."""
+    model = build("llava_onevision")
+
+    class TooDeep(Saliency):
+        @property
+        def site(self) -> Site:
+            return Site(2)
+
+    with pytest.raises(AttachError, match="cannot give text_rows where VLAPruner needs it"):
+        attach(model, "vla_pruner", retain=0.5, layer=None)
+    with pytest.raises(AttachError, match="cannot give saliency where TooDeep needs it"):
+        attach(model, TooDeep(), retain=0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.adapter import VideoAdapter
 from policies.attach import attach
-from policies.hooks import lift
+from policies.prefill import lift
+from policies.query_rows import ROW_SIGNALS
 from stream.errors import AttachError
 from stream.plan import Plan
 from stream.reducers.base import Reducer
+from stream.reducers.fastv import FastV
 from stream.reducers.inner_merge import InnerMerge
 from stream.reducers.saliency import Saliency
-from stream.registry import build_reducer, reducer_class, reducer_names
+from stream.reducers.vla_pruner import VLAPruner
+from stream.registry import build_reducer, reducer_names
 from tests.policies.oracle import (
     FAMILIES,
     NEW,
@@ -28,13 +30,13 @@ from tests.policies.oracle import (
     cache_lengths,
     generate,
     inputs_of,
+    read_off,
     stages_of,
     video_slots,
     watching,
 )
 
 DEPTH = 6
-FITTING = [n for n in reducer_names() if reducer_class(n).needs <= VideoAdapter.provides]
 KEEP_ALL: dict[str, dict[str, Any]] = {
     "holitom": {"inner": InnerMerge(drop=0.0)},
     "inner_merge": {"drop": 0.0},
@@ -50,6 +52,8 @@ class Chain(Saliency):
 
 
 def reducer_of(name: str, settings: dict[str, Any]) -> Reducer:
+    if name in ("prefill", "text"):
+        return VLAPruner(semantic=name)
     return Chain() if name == "chain" else build_reducer(name, **settings)
 
 
@@ -63,6 +67,9 @@ DROPS: list[tuple[str, dict[str, Any]]] = [
     ("uniform", {}),
     ("uniform_frames", {}),
     ("random_keep", {}),
+    ("vla_pruner", {}),
+    ("vla_pruner", {"semantic": "prefill", "layer": 2}),
+    ("vla_pruner", {"semantic": "last", "layer": 0.5}),
     ("holitom", {"inner": None, "tau": 0.0}),
     ("holitom", {"tau": 0.0}),
     ("holitom", {"contextual": 0.5, "tau": 0.0}),
@@ -93,7 +100,7 @@ def oracle_run(family: str, inputs: dict[str, Tensor], oracle: Oracle) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", reducer_names())
 def test_keeping_all_is_bit_equal(family: str, name: str) -> None:
     inputs = inputs_of(family)
     reducer = build_reducer(name, **KEEP_ALL.get(name, {}))
@@ -177,15 +184,19 @@ def test_a_shorter_sequence_equals_the_mask_oracle(
     assert plan.same_as(composed)
 
     for one in seen:
-        if one.last_row is not None:
-            alive = slots[one.tokens.index]
-            row = oracle.rows[one.reducer.site.layer_index(DEPTH) - 1][alive]
-            assert torch.allclose(one.last_row, row, atol=1e-5)
-            assert torch.equal(row.topk(one.plan.k).indices.sort().values, one.plan.anchor)
+        at = slots[one.tokens.index]
+        for signal in one.reducer.needs & ROW_SIGNALS:
+            layer = one.reducer.site.layer_index(DEPTH)
+            alive = torch.cat([torch.arange(length)[~torch.isin(torch.arange(length), slots)], at])
+            row = read_off(signal, oracle.maps[layer - 1], alive.sort().values, at)
+            assert torch.allclose(one.signals[signal], row, atol=1e-6)
+            assert float(row.std()) > 1e-4
+            if isinstance(one.reducer, FastV | InnerMerge):
+                assert torch.equal(row.topk(one.plan.k).indices.sort().values, one.plan.anchor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", reducer_names())
 def test_plain_forward_with_gradients_equals_generate(family: str, name: str) -> None:
     """Outside of `no_grad` too, and gradients flow through what was kept."""
     inputs = inputs_of(family)
@@ -204,7 +215,7 @@ def test_the_inner_merge_equals_a_hand_loop_inside_the_model(family: str) -> Non
     layers = eager(family).model.language_model.layers
 
     def by_hand(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        score = oracle.rows[layer - 1][slots]
+        score = oracle.maps[layer - 1][-1, slots]
         best = sorted(range(len(slots)), key=lambda i: -float(score[i]))
         kept = sorted(best[: round(len(slots) / 2)])
         states = {i: hidden[slots[i]].clone() for i in kept}
@@ -315,7 +326,7 @@ def one_of(inputs: dict[str, Tensor], row: int, batch: int) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "name", ["fastv", "inner_merge", "saliency", "holitom", "uniform", "chain"]
+    "name", ["fastv", "inner_merge", "saliency", "holitom", "uniform", "chain", "prefill", "text"]
 )
 def test_left_padding_changes_nothing(family: str, name: str) -> None:
     inputs = inputs_of(family)
@@ -332,7 +343,8 @@ def test_left_padding_changes_nothing(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize(
-    "name", ["fastv", "inner_merge", "saliency", "holitom", "random_keep", "chain"]
+    "name",
+    ["fastv", "inner_merge", "saliency", "holitom", "random_keep", "chain", "prefill", "text"],
 )
 def test_a_batch_equals_single_runs(family: str, name: str, positions: Any) -> None:
     batch = inputs_of(family, batch=2)
@@ -349,7 +361,7 @@ def test_a_batch_equals_single_runs(family: str, name: str, positions: Any) -> N
         assert not plans[0].same_as(plans[1])
 
 
-@pytest.mark.parametrize("name", ["fastv", "saliency", "chain"])
+@pytest.mark.parametrize("name", ["fastv", "saliency", "chain", "prefill", "text"])
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_a_batch_of_prompts_of_different_length_equals_single_runs(
     name: str, positions: Any
@@ -401,7 +413,7 @@ def two_videos(family: str) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["fastv", "saliency", "holitom"])
+@pytest.mark.parametrize("name", ["fastv", "saliency", "holitom", "vla_pruner"])
 def test_two_videos_in_one_prompt_equal_the_oracle(family: str, name: str) -> None:
     inputs, slots = two_videos(family)
     reducer = build_reducer(name)

@@ -13,9 +13,10 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from policies.adapter import SaliencyTap, adapter_for
 from policies.attach import attach
-from policies.probes import column_mean, last_row, probing
+from policies.probes import Attention, probing
 from stream.data import PatchGrid
 from stream.errors import AttachError
+from stream.signals import Signal
 from tests.policies.oracle import build, generate, inputs_of, watching
 from tests.policies.tiny_models import VIDEO_ID
 
@@ -30,33 +31,55 @@ def attention_maps(query: Tensor, key: Tensor, scaling: float, mask: Tensor | No
     maps = []
     for head in range(query.shape[1]):
         logits = query[:, head] @ key[:, head // groups].transpose(-1, -2) * scaling
-        maps.append((logits if mask is None else logits + mask[:, 0]).softmax(-1))
+        own = None if mask is None else mask[:, head % mask.shape[1]]
+        maps.append((logits if own is None else logits + own).softmax(-1))
     return torch.stack(maps, 1)
 
 
-@pytest.mark.parametrize("masking", ["none", "float", "bool"])
-def test_last_row_is_that_of_the_whole_map(masking: str) -> None:
+@pytest.mark.parametrize("masking", ["none", "causal", "float", "bool", "heads"])
+def test_received_is_the_mean_of_rows_of_the_whole_map(masking: str) -> None:
+    """Each sequence has rows of its own; some of them do not count."""
     query, key = drawn(2, 4, 9, 8), drawn(2, 2, 9, 8, seed=1)
     allowed = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
-    allowed[1, :, :, :3] = False  # left padding
-    allowed |= torch.eye(9, dtype=torch.bool)
+    allowed[1, :, :, :3] = False  # left padding: the rows of padding see nothing at all
     added = torch.zeros(2, 1, 9, 9).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    mask = {"none": None, "float": added, "bool": allowed}[masking]
-    maps = attention_maps(query, key, 0.3, None if mask is None else added)
-    row = last_row(query, key, 0.3, mask)
-    assert torch.allclose(row, maps[:, :, -1].mean(1), atol=1e-6)
-    assert torch.allclose(row.sum(-1), torch.ones(2), atol=1e-6)
+    causal = torch.zeros(2, 1, 9, 9).masked_fill(~torch.ones(9, 9).tril().bool(), -1e9)
+    heads = drawn(2, 4, 9, 9, seed=2)
+    mask, truth = {
+        "none": (None, None),
+        "causal": (None, causal),
+        "float": (added, added),
+        "bool": (allowed, added),
+        "heads": (heads, heads),
+    }[masking]
+    maps = attention_maps(query, key, 0.3, truth).mean(1)
+    rows = torch.tensor([[8, 1, 5], [4, 6, 0]])
+    taken = torch.tensor([[True, True, True], [True, True, False]])
+    got = Attention(query, key, 0.3, mask, masking == "causal").received(rows, taken)
+    expected = torch.stack([maps[0, [8, 1, 5]].mean(0), maps[1, [4, 6]].mean(0)])
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, expected, atol=1e-6)
+    assert torch.allclose(got.sum(-1), torch.ones(2), atol=1e-6)
+
+
+def test_queries_of_a_decode_step_belong_to_the_last_keys() -> None:
+    query, key = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8, seed=1)
+    whole = Attention(query, key, 0.3, None, True)
+    step = Attention(query[:, :, 7:], key, 0.3, None, True)
+    rows, one = torch.tensor([[7]]), torch.tensor([[True]])
+    assert torch.equal(step.received(rows - 7, one), whole.received(rows, one))
+    assert float(step.received(rows - 7, one)[0, 8]) == 0.0
 
 
 @pytest.mark.parametrize("n", [5, 256, 600])
-def test_column_mean_is_that_of_the_whole_map_in_blocks(n: int) -> None:
+def test_all_queries_are_the_whole_map_in_blocks(n: int) -> None:
     """256 rows are a block; 600 are two and a part."""
     query, key = drawn(2, 4, n, 8), drawn(2, 4, n, 8, seed=1)
     maps = attention_maps(query, key, 0.3, None)
-    got = column_mean(query, key, 0.3)
+    got = Attention(query, key, 0.3, None, False).received_from_all()
     assert got.dtype == torch.float32
     assert torch.allclose(got, maps.mean((1, 2)), atol=1e-6)
-    half = column_mean(query.bfloat16(), key.bfloat16(), 0.3)
+    half = Attention(query.bfloat16(), key.bfloat16(), 0.3, None, False).received_from_all()
     assert torch.allclose(half, got, atol=2e-2)
 
 
@@ -79,9 +102,8 @@ def test_siglip_saliency_equals_eager_column_means(setting: int, layer: int) -> 
     with watching() as seen, attach(model, "saliency", retain=0.3):
         generate(model, inputs, max_new_tokens=1, min_new_tokens=1)
     (one,) = seen
-    assert one.saliency is not None
     expected = siglip_saliency(model, inputs["pixel_values_videos"], layer)
-    assert torch.allclose(one.saliency, expected, atol=1e-6)
+    assert torch.allclose(one.signals[Signal.SALIENCY], expected, atol=1e-6)
     assert float(expected.std()) > 1e-5
 
 
@@ -129,10 +151,10 @@ def test_qwen_saliency_equals_eager_column_means(
     with watching() as seen, attach(model, "saliency", retain=0.3):
         generate(model, inputs, max_new_tokens=1, min_new_tokens=1)
     (one,) = seen
-    assert one.saliency is not None
+    assert one.signals[Signal.SALIENCY] is not None
     pixels, thw = inputs["pixel_values_videos"], inputs["video_grid_thw"]
     expected = qwen_saliency(pixels, thw, monkeypatch)
-    assert torch.allclose(one.saliency, expected, atol=1e-6)
+    assert torch.allclose(one.signals[Signal.SALIENCY], expected, atol=1e-6)
 
 
 def test_qwen_saliency_of_videos_of_different_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +188,7 @@ def test_saliency_of_a_frame_is_its_own() -> None:
     for pixels in (flat, odd):
         with watching() as seen, attach(model, "saliency", retain=0.3):
             generate(model, inputs | {"pixel_values_videos": pixels})
-        assert seen[0].saliency is not None
-        maps.append(seen[0].saliency.view(4, 9))
+        maps.append(seen[0].signals[Signal.SALIENCY].view(4, 9))
     change = (maps[1] - maps[0]).abs().amax(1)
     assert float(change[[0, 1, 3]].max()) < 1e-7
     assert float(change[2]) > 1e-4
@@ -209,11 +230,11 @@ def test_probing_leaves_outputs_bit_equal_and_restores(family: str) -> None:
     attention = text.layers[2].self_attn
     with torch.no_grad():
         before = model(**inputs).logits
-        with probing(text, {attention: lambda q, k, s, m: calls.append((q.shape, k.shape))}):
+        with probing(text, {attention: lambda a: calls.append((a.query.shape, a.key.shape))}):
             inside = model(**inputs).logits
             with (
                 pytest.raises(AttachError, match="is probed already"),
-                probing(text, {attention: lambda q, k, s, m: None}),
+                probing(text, {attention: lambda attention: None}),
             ):
                 pass
             again = model(**inputs).logits
@@ -238,10 +259,8 @@ def test_a_padded_batch_keeps_its_mask_while_probed() -> None:
     for prompt in (inputs, behind):
         with watching() as seen, attach(model, "fastv", retain=0.3):
             generate(model, prompt, max_new_tokens=1, min_new_tokens=1)
-        rows.append(seen[0].last_row)
-    assert rows[0] is not None
-    assert rows[1] is not None
-    assert torch.allclose(rows[0], rows[1], atol=1e-6)
+        rows.append(seen[0].signals[Signal.LAST_ROW])
+    assert torch.allclose(*rows, atol=1e-6)
 
 
 def test_unknown_families_are_refused_with_the_supported_ones() -> None:

@@ -1,0 +1,161 @@
+"""The state of one prefill: where its videos stand, what is alive at each layer, what was seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from stream.data import Budget, PatchGrid, VisualTokens
+from stream.errors import AttachError
+from stream.memory import Memory
+from stream.plan import Plan
+from stream.reducers.base import Reducer, reduce_stage
+from stream.signals import Signal, Signals
+
+from .query_rows import QueryRows
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpan:
+    """The visual tokens of one video inside one sequence.
+
+    slots: long [n], their places in the sequence; plan: what became of the video's tokens so far.
+    signals: what is known of the video's unreduced tokens, for stages before the model.
+    """
+
+    slots: Tensor
+    grid: PatchGrid
+    pts_s: tuple[float, ...]
+    budget: Budget
+    plan: Plan
+    signals: Signals
+    memory: Memory = field(default_factory=Memory)
+
+    def reduced(self, reducer: Reducer, x: Tensor, inside: dict[Signal, Tensor]) -> Plan:
+        """Run one stage over this video's rows of x [t, d]; signals `inside` are [t, ...]."""
+        tokens = VisualTokens(x[self.slots], self.plan.anchor, self.grid, self.pts_s)
+        signals = self.signals
+        if reducer.site.in_llm:
+            signals = Signals({signal: value[self.slots] for signal, value in inside.items()})
+        return reduce_stage(reducer, tokens, signals, self.budget, self.memory)
+
+
+@dataclass(slots=True)
+class Prefill:
+    """One prefill and the decode steps that follow it.
+
+    rows: the videos of each sequence of the batch. full_length: places of a sequence before
+    anything left. queries, inputs: rows that count as the prompt's, and what entered the model
+    ([b, n, d], only if a stage asks for it), of what is alive now. entered: long [b, n0], original
+    places of what entered layer 0, None while nothing left; length: how many; later: tokens seen
+    since. alive: at a layer and after, indices into layer 0's sequence, long [b, n]; None while
+    everything is alive. signals: by layer, for its stage. shift: added to decode positions.
+    """
+
+    rows: list[list[VideoSpan]]
+    full_length: int
+    queries: QueryRows
+    inputs: Tensor | None = None
+    entered: Tensor | None = None
+    length: int = 0
+    later: int = 0
+    alive: dict[int, Tensor | None] = field(default_factory=dict)
+    signals: dict[int, dict[Signal, Tensor]] = field(default_factory=dict)
+    shift: Tensor | None = None
+    running: bool = True
+
+    def reduce_before(self, reducer: Reducer, embeds: Tensor) -> Tensor:
+        """Run a stage that stands before the model: embeds [b, n, d] -> [b, k, d]."""
+        embeds, kept = self._reduce(reducer, embeds, {})
+        self.entered = kept if self.entered is None else self.entered.gather(1, kept)
+        return embeds
+
+    def enter_layer(self, layer: int, reducer: Reducer | None, hidden: Tensor) -> Tensor:
+        """Run the stage of a layer, if any, and note what is alive from here on."""
+        alive = self.alive.get(layer - 1)
+        if reducer is not None:
+            before = hidden.shape[1]
+            hidden, kept = self._reduce(reducer, hidden, self.signals.pop(layer, {}))
+            if hidden.shape[1] < before:
+                alive = kept if alive is None else alive.gather(1, kept)
+        self.alive[layer] = alive
+        return hidden
+
+    def lengths(self, depth: int) -> list[int]:
+        """Tokens (text included) that entered each of `depth` layers."""
+        lengths, now = [], self.length
+        for layer in range(depth):
+            kept = self.alive.get(layer)
+            now = now if kept is None else kept.shape[1]
+            lengths.append(now)
+        return lengths
+
+    def _reduce(
+        self, reducer: Reducer, x: Tensor, inside: dict[Signal, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x [b, n, d] -> (x of what is left [b, k, d], its places among the n, long [b, k])."""
+        if self.inputs is not None:
+            inside = inside | {Signal.INPUT_EMBEDDINGS: self.inputs}
+        whole, rows = [], []
+        for i, spans in enumerate(self.rows):
+            local = {signal: value[i] for signal, value in inside.items()}
+            plans = [(s.slots, s.reduced(reducer, x[i], local)) for s in spans]
+            lifted = lift(plans, x.shape[1], x.device)
+            slot_of = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
+            slot_of[lifted.anchor] = torch.arange(lifted.k, device=x.device)
+            whole.append(lifted)
+            rows.append(
+                [
+                    replace(s, slots=slot_of[s.slots[plan.anchor]], plan=plan @ s.plan)
+                    for s, (_, plan) in zip(spans, plans, strict=True)
+                ]
+            )
+        lengths = sorted({lifted.k for lifted in whole})
+        if len(lengths) > 1:
+            raise AttachError(
+                f"The sequences of the batch shrink to different lengths ({lengths}); give all "
+                "videos of a batch the same number of frames, or run them one by one."
+            )
+        self.rows = rows
+        kept = torch.stack([lifted.anchor for lifted in whole])
+        self.queries = self.queries.at(kept)
+        if self.inputs is not None:
+            self.inputs = _applied(whole, self.inputs)
+        return _applied(whole, x), kept
+
+
+def _applied(plans: list[Plan], x: Tensor) -> Tensor:
+    return torch.stack([plan.apply(one) for plan, one in zip(plans, x, strict=True)])
+
+
+def lift(plans: list[tuple[Tensor, Plan]], length: int, device: torch.device) -> Plan:
+    """Plans over some places of a sequence -> one plan over the whole sequence.
+
+    plans: (slots long [n], plan over n tokens) of each video; all other places pass. The rows of
+    a plan take the places of its anchors in order, so a plan whose rows are not ascending keeps
+    its own order.
+    """
+    passing = torch.ones(length, dtype=torch.bool, device=device)
+    anchors, places, rows, cols, weights = [], [], [], [], []
+    first = 0
+    for slots, plan in plans:
+        passing[slots] = False
+        row, col, weight = plan.entries()
+        anchors.append(slots[plan.anchor])
+        places.append(slots[plan.anchor.sort().values])
+        rows.append(row + first)
+        cols.append(slots[col])
+        weights.append(weight)
+        first += plan.k
+    text = passing.nonzero().squeeze(-1)
+    anchor = torch.cat([*anchors, text])
+    place = torch.cat([*places, text])
+    order = torch.argsort(place)
+    if all(plan.is_gather for _, plan in plans):
+        return Plan.keep(anchor[order], length)
+    row = torch.cat([*rows, torch.arange(first, first + text.numel(), device=device)])
+    weight = torch.cat([*weights, torch.ones(text.numel(), device=device)])
+    new_row = torch.argsort(order)[row]
+    return Plan.merge(anchor[order], new_row, torch.cat([*cols, text]), weight, length)
