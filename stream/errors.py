@@ -7,7 +7,8 @@ FoveateError
 ├── ValueShapeError  a value was built with shapes or ranges that contradict each other
 ├── BudgetError      a token budget cannot be met
 ├── SignalError      a signal is missing, undeclared or not finite
-└── AttachError      a reducer and a model do not fit together
+├── AttachError      a reducer and a model do not fit together
+└── SimulatorError   an environment cannot be built, rendered or asked that
 
 Every message says what was given, what is allowed, and what to do.
 """
@@ -43,3 +44,7 @@ class SignalError(FoveateError):
 
 class AttachError(FoveateError):
     """A reducer and a model do not fit together."""
+
+
+class SimulatorError(FoveateError):
+    """An environment cannot be built or rendered here, or cannot do what was asked."""
