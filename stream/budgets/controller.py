@@ -11,10 +11,11 @@ The ladder is walked from the top; the first rung whose precondition holds is th
     STOP                   after `stop_after` ticks in a row without a new action in time;
                            only `reset` leaves it
 
-On CHUNK_TAIL and HOLD the floor's bucket is still computed with the fewest steps while there is a
-new frame and time left. It is announced as late, since in time is all a forecast can promise; when
-it does come in time it is used like any other result. So the next ticks have something to act on,
-and the model sees a slow spell end. For a stream that only looks, HOLD means that the last answer
+On CHUNK_TAIL and HOLD something is still computed while there is a new frame and time left: what
+fits the time in which a late result is of use, else the floor's bucket with the fewest steps. It
+is announced as late, since in time is all a forecast can promise; when it does come in time it is
+used like any other result. So the next ticks have something to act on, and the model sees a slow
+spell end. For a stream that only looks, HOLD means that the last answer
 stands.
 
 Buckets fall at once and rise one at a time, after `rise_after` ticks in a row that had room.
@@ -132,11 +133,13 @@ class DeadlineController:
         """After the encoder: walk the ladder. The state counts a tick that computes nothing."""
         if self.config.stop_after is not None and state.misses >= self.config.stop_after:
             return state, self._decision(state, situation, _Offer(Rung.STOP), Point.ENCODE)
-        seen = None
+        seen, behind = None, None
         if situation.has_frame:
-            seen, level, room = self._look(state, situation)
+            seen, level, room = self._look(state, situation, situation.slack_ms)
+            if seen is None:
+                behind, level, room = self._look(state, situation, situation.useful_ms)
             state = replace(state, level=level, room=room)
-        offer = seen or self._reuse(state, situation) or self._cover(situation)
+        offer = seen or self._reuse(state, situation) or self._cover(situation, behind)
         if offer.rung is Rung.HOLD and not offer.steps:
             state = replace(state, misses=state.misses + 1)
         return state, self._decision(state, situation, offer, Point.ENCODE)
@@ -144,15 +147,17 @@ class DeadlineController:
     def refine(self, state: ControllerState, decision: Decision, situation: Situation) -> Decision:
         """After the prefill: the most steps that fit now, more or fewer than planned.
 
-        When not even the fewest fit, they run late: the prefix is paid for. A decision without a
-        new prefix comes back as it is.
+        When not even the fewest fit, they run late: the prefix is paid for. Those of a decision
+        that is late anyway fill the time in which it is of use. A decision without a new prefix
+        comes back as it is.
         """
         if not decision.prefills:
             return decision
         bucket = self._position(decision.tokens)
+        limit_ms = max(situation.slack_ms, situation.useful_ms if decision.late else 0.0)
         for steps in reversed(self.config.steps):
             needed_ms = self.model.predict_ms(state.latency, bucket, steps, Point.PREFILL)
-            if needed_ms <= situation.slack_ms:
+            if needed_ms <= limit_ms:
                 break
         late = needed_ms > situation.slack_ms
         rung = situation.cover if late else self._rung(situation, bucket, steps)
@@ -173,10 +178,12 @@ class DeadlineController:
             return replace(state, latency=latency)
         return replace(state, latency=latency, misses=state.misses + 1 if outcome.late else 0)
 
-    def _look(self, state: ControllerState, situation: Situation) -> tuple[_Offer | None, int, int]:
-        """The rungs that compute a new prefix in time, with the level and the room after them."""
+    def _look(
+        self, state: ControllerState, situation: Situation, slack_ms: float
+    ) -> tuple[_Offer | None, int, int]:
+        """The rungs that compute a new prefix in `slack_ms`, with level and room after them."""
         floor, top = self._floor_and_top(situation)
-        slack_ms, steps = situation.slack_ms, self.config.steps
+        steps = self.config.steps
         fits = self._largest(state, floor, top, steps[-1], slack_ms)
         if fits is not None:
             level, room = self._rise(state, fits, floor, top, slack_ms)
@@ -201,10 +208,15 @@ class DeadlineController:
                 return _Offer(Rung.REUSE_PREFIX, bucket, steps)
         return None
 
-    def _cover(self, situation: Situation) -> _Offer:
-        """Nothing ends in time: what the robot does instead, and what is computed behind it."""
+    def _cover(self, situation: Situation, behind: _Offer | None) -> _Offer:
+        """Nothing ends in time: what the robot does instead, and what is computed behind it.
+
+        behind: what fits the time in which a late result is of use.
+        """
         rung = situation.cover
-        if not situation.has_frame or situation.slack_ms <= 0:
+        if behind is not None:
+            return replace(behind, rung=rung)
+        if not situation.has_frame or max(situation.slack_ms, situation.useful_ms) <= 0:
             return _Offer(rung)
         return _Offer(rung, self._floor_and_top(situation)[0], self.config.steps[0])
 

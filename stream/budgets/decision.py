@@ -29,6 +29,8 @@ class Situation:
     """What is known when the vision encoder is done.
 
     slack_ms: time left until the deadline; negative when it has passed, infinite without one.
+    useful_ms: time left until a result is of no use at all; 0 when that is the deadline itself. A
+        chunk of actions that comes after the queue ran dry still ends the hold.
     tokens: visual tokens there are to choose from; None when all buckets can be filled.
     has_frame: whether there is a new frame to look at. A stuck camera has none.
     actions_left: actions of the last chunk not yet executed.
@@ -37,6 +39,7 @@ class Situation:
     """
 
     slack_ms: float
+    useful_ms: float = 0.0
     tokens: int | None = None
     has_frame: bool = True
     actions_left: int = 0
@@ -44,7 +47,7 @@ class Situation:
     prefix_age_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if math.isnan(self.slack_ms) or math.isnan(self.prefix_age_s):
+        if any(math.isnan(t) for t in (self.slack_ms, self.useful_ms, self.prefix_age_s)):
             raise ValueShapeError(f"{self} holds a time that is not a number.")
         least = min(self.actions_left, self.prefix_tokens, self.prefix_age_s)
         if least < 0 or (self.tokens is not None and self.tokens < 0):

@@ -451,3 +451,15 @@ def test_nothing_here_reads_a_clock() -> None:
                 banned = ("time", "asyncio", "threading", "torch", "datetime.datetime")
                 assert not name.startswith(banned), (path.name, name)
             assert ast.unparse(node) not in ("date.today", "random.random", "np.random.rand")
+
+
+def test_a_result_that_is_late_but_of_use_gets_more_than_the_floor() -> None:
+    c = controller()
+    _, useless = c.decide(c.start(), Situation(slack_ms=-5))
+    assert (useless.rung, useless.runs) == (Rung.HOLD, False)
+    state, late = c.decide(c.start(), Situation(slack_ms=-5, useful_ms=60, actions_left=1))
+    _, timely = c.decide(c.start(), Situation(slack_ms=60))
+    assert (late.rung, late.late) == (Rung.CHUNK_TAIL, True)
+    assert (late.tokens, late.steps) == (timely.tokens, timely.steps) != (64, 4)
+    kept = c.refine(state, late, Situation(slack_ms=-20, useful_ms=45))
+    assert (kept.steps, kept.late) == (late.steps, True)
