@@ -69,8 +69,8 @@ class ReductionHooks:
         stages: tuple[Reducer, ...],
         positions: Positions,
     ) -> None:
-        self._text_model = text_model
-        self._layers = layers
+        self.text_model = text_model
+        self.layers = layers
         self._before = [s for s in stages if not s.site.in_llm]
         self._inside = {s.site.layer_index(len(layers)): s for s in stages if s.site.in_llm}
         if len(self._before) + len(self._inside) < len(stages):
@@ -94,6 +94,10 @@ class ReductionHooks:
         """The videos of the last prefill, with what became of them."""
         return self._prefill.rows if self._prefill else []
 
+    def rows_at(self, layer: int) -> list[list[VideoSpan]]:
+        """The same as they entered a layer of the model."""
+        return self._prefill.rows_at(layer) if self._prefill else []
+
     def expect(
         self, rows: list[list[VideoSpan]], text_from: int, prompt: Tensor | None = None
     ) -> None:
@@ -116,31 +120,31 @@ class ReductionHooks:
 
     def lengths(self) -> list[int]:
         """Tokens (text included) that entered each decoder layer in the last prefill."""
-        return self._prefill.lengths(len(self._layers)) if self._prefill else []
+        return self._prefill.lengths(len(self.layers)) if self._prefill else []
 
     def __enter__(self) -> ReductionHooks:
-        if self._text_model in _attached:
+        if self.text_model in _attached:
             raise AttachError(
-                f"{type(self._text_model).__name__} is pruned already; detach the first reducer "
+                f"{type(self.text_model).__name__} is pruned already; detach the first reducer "
                 "before attaching another, or chain them into one."
             )
         requests: dict[nn.Module, Probe] = {}
         for layer, reducer in self._inside.items():
             if needs := reducer.needs & ROW_SIGNALS:
-                attention = self._layers[layer - 1].get_submodule("self_attn")
+                attention = self.layers[layer - 1].get_submodule("self_attn")
                 requests[attention] = self._row_probe(layer, needs)
         with ExitStack() as stack:
             if requests:
-                stack.enter_context(probing(self._text_model, requests))
-            hook = self._text_model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
+                stack.enter_context(probing(self.text_model, requests))
+            hook = self.text_model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
             stack.callback(hook.remove)
-            for index in range(min(self._inside, default=len(self._layers)), len(self._layers)):
-                hook = self._layers[index].register_forward_pre_hook(
+            for index in range(min(self._inside, default=len(self.layers)), len(self.layers)):
+                hook = self.layers[index].register_forward_pre_hook(
                     self._layer_hook(index), with_kwargs=True
                 )
                 stack.callback(hook.remove)
-            _attached.add(self._text_model)
-            stack.callback(_attached.discard, self._text_model)
+            _attached.add(self.text_model)
+            stack.callback(_attached.discard, self.text_model)
             self._stack = stack.pop_all()
         return self
 

@@ -51,7 +51,8 @@ class Prefill:
     ([b, n, d], only if a stage asks for it), of what is alive now. entered: long [b, n0], original
     places of what entered layer 0, None while nothing left; length: how many; later: tokens seen
     since. alive: at a layer and after, indices into layer 0's sequence, long [b, n]; None while
-    everything is alive. signals: by layer, for its stage. shift: added to decode positions.
+    everything is alive. signals: by layer, for its stage. history: what `rows` was from a layer on.
+    shift: added to decode positions.
     """
 
     rows: list[list[VideoSpan]]
@@ -63,6 +64,7 @@ class Prefill:
     later: int = 0
     alive: dict[int, Tensor | None] = field(default_factory=dict)
     signals: dict[int, dict[Signal, Tensor]] = field(default_factory=dict)
+    history: dict[int, list[list[VideoSpan]]] = field(default_factory=dict)
     shift: Tensor | None = None
     running: bool = True
 
@@ -76,12 +78,19 @@ class Prefill:
         """Run the stage of a layer, if any, and note what is alive from here on."""
         alive = self.alive.get(layer - 1)
         if reducer is not None:
+            self.history.setdefault(0, self.rows)
             before = hidden.shape[1]
             hidden, kept = self._reduce(reducer, hidden, self.signals.pop(layer, {}))
             if hidden.shape[1] < before:
                 alive = kept if alive is None else alive.gather(1, kept)
+            self.history[layer] = self.rows
         self.alive[layer] = alive
         return hidden
+
+    def rows_at(self, layer: int) -> list[list[VideoSpan]]:
+        """The videos of each sequence as they entered a layer."""
+        first = max((at for at in self.history if at <= layer), default=None)
+        return self.rows if first is None else self.history[first]
 
     def lengths(self, depth: int) -> list[int]:
         """Tokens (text included) that entered each of `depth` layers."""
@@ -149,7 +158,8 @@ def lift(plans: list[tuple[Tensor, Plan]], length: int, device: torch.device) ->
         cols.append(slots[col])
         weights.append(weight)
         first += plan.k
-    text = passing.nonzero().squeeze(-1)
+    order = torch.sort(passing.byte(), descending=True, stable=True).indices
+    text = order[: length - sum(slots.numel() for slots, _ in plans)]
     anchor = torch.cat([*anchors, text])
     place = torch.cat([*places, text])
     order = torch.argsort(place)

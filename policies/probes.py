@@ -77,7 +77,7 @@ class Attention:
 
 
 Probe = Callable[[Attention], None]
-_requests: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
+_requests: WeakKeyDictionary[nn.Module, list[Probe]] = WeakKeyDictionary()
 
 
 def _probed(base: str) -> Callable[..., Any]:
@@ -89,13 +89,15 @@ def _probed(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        probe = _requests.get(module)
-        if probe is not None:
+        probes = _requests.get(module)
+        if probes:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             causal = kwargs.get("is_causal")
             if causal is None:
                 causal = getattr(module, "is_causal", True)
-            probe(Attention(query, key, scaling, attention_mask, causal))
+            seen = Attention(query, key, scaling, attention_mask, causal)
+            for probe in probes:
+                probe(seen)
         return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
 
     return attention
@@ -105,29 +107,27 @@ def _probed(base: str) -> Callable[..., Any]:
 def probing(model: PreTrainedModel, requests: dict[nn.Module, Probe]) -> Iterator[None]:
     """Let probes see the attention inputs of some of `model`'s attention modules.
 
-    Restores the model's attention implementation on exit. Raises AttachError for eager attention
-    and for modules that are probed already.
+    Probes of one model may be nested. The outermost restores the model's attention implementation.
+    Raises AttachError for eager attention.
     """
     base = str(model.config._attn_implementation)
-    if base.startswith(_PREFIX) or any(module in _requests for module in requests):
-        raise AttachError(
-            f"{type(model).__name__} is probed already; detach the first reducer before "
-            "attaching another, or chain them into one."
-        )
+    name = base if base.startswith(_PREFIX) else _PREFIX + base
+    base = name.removeprefix(_PREFIX)
     if base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         raise AttachError(
             f"{type(model).__name__} runs '{base}' attention; load it with "
             "attn_implementation='sdpa', which gives the same results and can be probed."
         )
-    name = _PREFIX + base
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(name, _probed(base))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    before = model.config._attn_implementation
     model.set_attn_implementation(name)
-    _requests.update(requests)
+    for module, probe in requests.items():
+        _requests.setdefault(module, []).append(probe)
     try:
         yield
     finally:
-        for module in requests:
-            _requests.pop(module, None)
-        model.set_attn_implementation(base)
+        for module, probe in requests.items():
+            _requests[module].remove(probe)
+        model.set_attn_implementation(before)
