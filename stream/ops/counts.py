@@ -8,6 +8,12 @@ from torch import Tensor
 from ..errors import BudgetError
 
 
+def evenly(total: int, groups: int) -> Tensor:
+    """long [groups] that sums to `total`; they differ by at most one, the larger ones spread."""
+    edge = torch.arange(groups + 1) * total // groups
+    return edge.diff()
+
+
 def allocate(weight: Tensor, cap: Tensor, total: int) -> Tensor:
     """Share `total` units over groups by weight, never above a group's cap, exactly.
 

@@ -91,6 +91,14 @@ class Reducer(BaseModel, ABC):
         """How many of n incoming tokens leave this stage."""
         return min(n, budget.tokens)
 
+    def require_whole_frames(self, tokens: VisualTokens) -> None:
+        """Raise ConfigError unless every patch of the grid has its token."""
+        if not tokens.is_full:
+            raise ConfigError(
+                f"{type(self).__name__} reads whole frames, but got {tokens.n} of "
+                f"{tokens.grid.size} patches; let it be the first reducer before the model."
+            )
+
     @abstractmethod
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
         """Decide what becomes of every token.

@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data import Budget, PatchGrid, Segment, VisualTokens
-from ..errors import ConfigError
 from ..memory import Memory
 from ..ops import clusters, counts, merges, picks, similarity
 from ..plan import Plan
@@ -150,11 +149,7 @@ class HoliTom(Reducer):
         return (self,) if self.inner is None else (self, self.inner)
 
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        if not tokens.is_full:
-            raise ConfigError(
-                f"HoliTom reads whole frames, but got {tokens.n} of {tokens.grid.size} patches; "
-                "let it be the first reducer before the model."
-            )
+        self.require_whole_frames(tokens)
         links, segments = self.segments(tokens)
         saliency = signals[Signal.SALIENCY]
         if self.counts == "published":

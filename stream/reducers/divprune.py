@@ -1,0 +1,39 @@
+"""DivPrune: keep the tokens that lie farthest apart."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from ..data import Budget, VisualTokens
+from ..memory import Memory
+from ..ops import spread
+from ..plan import Plan
+from ..signals import Signals
+from .base import Reducer, Site
+
+
+class DivPrune(Reducer):
+    """Greedy max-min diversity on cosine distance, over all tokens at once.
+
+    The first pick lies farthest from its nearest neighbour, each later one farthest from the picks
+    so far. Unlike the published code it never picks one of several equal tokens twice. Distances
+    take 4 n^2 bytes, a few times over.
+
+    layer: decoder layer at whose entry tokens are dropped, or share of the depth; null = before
+        the model, as published.
+    """
+
+    source: ClassVar[str] = "DivPrune, CVPR 2025"
+
+    layer: int | float | None = None
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer)
+
+    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
+        everyone = torch.ones(1, tokens.n, dtype=torch.bool, device=tokens.x.device)
+        (picked,) = spread.farthest(tokens.x[None], everyone, budget.tokens)
+        return Plan.keep(picked.sort().values, tokens.n)
