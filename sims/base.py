@@ -77,6 +77,13 @@ class Environment(ABC):
     def expert(self) -> NDArray[np.float32]:
         """What the scripted expert would do now; sees the true state."""
 
+    def landmarks(self) -> NDArray[np.float32]:
+        """Where `observe` would show hand, object and goal: float32 [cameras, things, 2], row and
+        column in pixels, also behind other things; NaN where there is none. A training aid: no
+        policy may see it.
+        """
+        return np.empty((len(self.spec.cameras), 0, 2), dtype=np.float32)
+
     @abstractmethod
     def close(self) -> None: ...
 

@@ -79,6 +79,24 @@ class Cameras:
             images[name] = self._renderer.render()
         return images
 
+    def locate(self, data: Any, points: NDArray[np.float64]) -> NDArray[np.float32]:
+        """points [m, 3] in metres -> float32 [cameras, m, 2], row and column in pixels; NaN for
+        what is NaN or behind a camera.
+        """
+        located = []
+        for camera in self._cameras.values():
+            self._renderer.update_scene(data, camera, self._options)
+            eyes = self._renderer.scene.camera
+            away = points - (eyes[0].pos + eyes[1].pos) / 2
+            forward, up = eyes[0].forward, eyes[0].up
+            depth = away @ forward
+            half = (eyes[0].frustum_top - eyes[0].frustum_bottom) / 2 / eyes[0].frustum_near
+            seen = np.stack([-(away @ up), away @ np.cross(forward, up)], axis=-1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                seen = np.where(depth[:, None] > 0, seen / (half * depth[:, None]), np.nan)
+            located.append((seen + 1) / 2 * self._renderer.height)
+        return np.array(located, dtype=np.float32)
+
     def _add(self, ornament: Ornament) -> None:
         scene = self._renderer.scene
         geom = scene.geoms[scene.ngeom]

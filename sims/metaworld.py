@@ -75,14 +75,18 @@ class MetaWorld(Environment):
         return self._instruction
 
     def observe(self) -> Observation:
-        if self._cameras is None:
-            self._cameras = Cameras(self._raw.model, self._pixels)
         return Observation(
-            images=self._cameras.render(self._raw.data, self._ornaments()),
+            images=self._eyes().render(self._raw.data, self._ornaments()),
             state=self._feel()[:4].astype(np.float32),
             instruction=self._instruction,
             time_s=self._steps * DT_S,
         )
+
+    def landmarks(self) -> NDArray[np.float32]:
+        nowhere = np.full(3, np.nan)
+        handled = nowhere if self._task.base == "reach" else self._feel()[4:7]
+        points = np.array([self._raw.tcp_center, handled, self._raw._target_pos])
+        return self._eyes().locate(self._raw.data, points)
 
     def step(self, action: NDArray[np.float32]) -> StepResult:
         self._steps += 1
@@ -118,6 +122,11 @@ class MetaWorld(Environment):
         if self._cameras is not None:
             self._cameras.close()
             self._cameras = None
+
+    def _eyes(self) -> Cameras:
+        if self._cameras is None:
+            self._cameras = Cameras(self._raw.model, self._pixels)
+        return self._cameras
 
     def _feel(self) -> NDArray[np.float64]:
         """MetaWorld's own 18 numbers; its `_get_obs` would change its state."""
