@@ -20,6 +20,8 @@ from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
 from .hooks import Positions, ReductionHooks
+from .kvcache import branch
+from .live_cache import LiveCache
 from .models import load
 from .prefill import VideoSpan, lift
 
@@ -98,11 +100,14 @@ class VideoReasoner:
         return EncodedVideo(x, signals, grid, times)
 
     @torch.inference_mode()
-    def answer(self, video: ReducedVideo, questions: Sequence[str]) -> Reply:
+    def answer(
+        self, video: ReducedVideo, questions: Sequence[str], cached: DynamicCache | None = None
+    ) -> Reply:
         """Greedy answers to all questions, as one batch behind the same video.
 
         Where nothing inside the model depends on the question, the video is prefilled once and its
-        KV cache serves all questions.
+        KV cache serves all questions. cached: of the first tokens of that prompt, if there is one;
+        it is not changed.
         """
         inside = tuple(s for s in self._reducer.stages if s.site.in_llm)
         hooks = ReductionHooks(
@@ -110,7 +115,7 @@ class VideoReasoner:
         )
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
-        cache = None if inside else self._shared_prefill(prompt)
+        cache = None if inside else self._shared_prefill(prompt, cached)
         first = _FirstToken()
         with hooks:
             if inside:
@@ -143,18 +148,42 @@ class VideoReasoner:
             timings,
         )
 
-    def _shared_prefill(self, prompt: Prompt) -> DynamicCache:
-        """KV cache of the places that all rows share, repeated for each row."""
-        cache = DynamicCache(config=self.adapter.text_model.config)
-        self.adapter.text_model(
-            inputs_embeds=prompt.embeds[:1, : prompt.shared],
-            attention_mask=prompt.mask[:1, : prompt.shared],
-            position_ids=prompt.position_ids[..., :1, : prompt.shared],
-            past_key_values=cache,
-            use_cache=True,
+    def live_cache(self, reanchor: str = "rotate") -> LiveCache:
+        """An empty memory for one stream."""
+        return LiveCache(self, reanchor)
+
+    def frames_per_token(self) -> int:
+        return self.adapter.frames_per_token()
+
+    @torch.inference_mode()
+    def words(self, text: str) -> Tensor:
+        """[w, d]: the tokens of a text as they enter the language model."""
+        ids = self._processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        embed = self.adapter.text_model.get_input_embeddings()
+        words: Tensor = embed(ids["input_ids"][0].to(self.adapter.model.device))
+        return words
+
+    def _shared_prefill(self, prompt: Prompt, cached: DynamicCache | None) -> DynamicCache:
+        """KV cache of the places that all rows share, for each row; a branch of `cached`, if given.
+
+        What one question alone needs is left to its own prefill.
+        """
+        rows = prompt.embeds.shape[0]
+        cache = (
+            DynamicCache(config=self.adapter.text_model.config)
+            if cached is None
+            else branch(cached)
         )
-        cache.batch_repeat_interleave(prompt.embeds.shape[0])
-        return cache
+        have = cache.get_seq_length()
+        if cached is None or (rows > 1 and have < prompt.shared):
+            self.adapter.text_model(
+                inputs_embeds=prompt.embeds[:1, have : prompt.shared],
+                attention_mask=prompt.mask[:1, : prompt.shared],
+                position_ids=prompt.position_ids[..., :1, have : prompt.shared],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return branch(cache, rows)
 
     def prompt(self, video: ReducedVideo, questions: Sequence[str]) -> Prompt:
         """Questions behind one video, as the model would have laid them out, reduced.

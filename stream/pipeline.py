@@ -52,6 +52,17 @@ class EncodedVideo:
             tuple(t for p in parts for t in p.pts_s),
         )
 
+    def by_frame(self) -> list[EncodedVideo]:
+        """Each grid frame as a video of its own."""
+        size, one = self.grid.per_frame, PatchGrid(1, self.grid.rows, self.grid.cols)
+        rows = [slice(t * size, (t + 1) * size) for t in range(self.grid.frames)]
+        return [
+            EncodedVideo(
+                self.x[at].clone(), {s: v[at].clone() for s, v in self.signals.items()}, one, (t,)
+            )
+            for at, t in zip(rows, self.pts_s, strict=True)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class ReducedVideo:

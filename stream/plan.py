@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,6 +76,21 @@ class Plan:
         """Weighted sums: output `row[e]` receives `weight[e]` times input `col[e]`, any order."""
         order = torch.argsort(row, stable=True)
         return cls(anchor, n, row[order], col[order], weight[order].float())
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan]) -> Plan:
+        """Plans over consecutive inputs as one plan over all of them."""
+        firsts = accumulate([p.n for p in plans], initial=0)
+        shifted = [(p, first) for p, first in zip(plans, firsts, strict=False)]
+        n = sum(p.n for p in plans)
+        anchor = torch.cat([p.anchor + first for p, first in shifted])
+        if all(p.is_gather for p in plans):
+            return cls(anchor, n)
+        rows = accumulate([p.k for p in plans], initial=0)
+        entries = [p.entries() for p in plans]
+        row = torch.cat([e[0] + k for e, k in zip(entries, rows, strict=False)])
+        col = torch.cat([e[1] + first for e, (_, first) in zip(entries, shifted, strict=True)])
+        return cls(anchor, n, row, col, torch.cat([e[2] for e in entries]))
 
     @property
     def k(self) -> int:

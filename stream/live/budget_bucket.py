@@ -1,0 +1,53 @@
+"""How many tokens may reach the model: so many a second, saved up to a limit, shared by streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stream.errors import BudgetError
+
+
+class TokenBucket:
+    """Tokens earned over media time and spent by parts; still times are saved for busy ones.
+
+    rate_per_s: tokens earned a second; may be changed while it runs. burst_tokens: the most that
+    can be saved.
+    """
+
+    def __init__(self, rate_per_s: float, burst_tokens: float) -> None:
+        if not (rate_per_s > 0 and burst_tokens > 0):
+            raise BudgetError(
+                f"A bucket of {rate_per_s:g} tokens a second that holds {burst_tokens:g}; "
+                "both must be above 0."
+            )
+        self.rate_per_s, self.burst_tokens = rate_per_s, burst_tokens
+        self._level = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Whole tokens that may be spent now."""
+        return int(self._level + 1e-6)
+
+    def earn(self, seconds: float) -> None:
+        self._level = min(self.burst_tokens, self._level + self.rate_per_s * seconds)
+
+    def spend(self, tokens: int) -> None:
+        """May go below 0 by what a part needs at least; later seconds pay it back."""
+        self._level -= tokens
+
+
+def shares(rate_per_s: float, novelty: Mapping[str, float], floor: float = 0.5) -> dict[str, float]:
+    """One rate shared by streams: `floor` of it equally, the rest in proportion to novelty.
+
+    novelty: of each stream, 0 or more; where all are 0 the rest is shared equally too.
+    floor: in (0, 1]; 1 is an equal split.
+    """
+    if not 0 < floor <= 1:
+        raise BudgetError(f"The floor of a shared budget is {floor:g}; it must be in (0, 1].")
+    if not novelty:
+        return {}
+    total, equal = sum(novelty.values()), 1 / len(novelty)
+    return {
+        name: rate_per_s * (floor * equal + (1 - floor) * (new / total if total else equal))
+        for name, new in novelty.items()
+    }

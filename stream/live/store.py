@@ -1,0 +1,162 @@
+"""Where a stream's reduced parts are: in the model's window, in the archive, or forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stream.data import Budget, PatchGrid
+from stream.ops import similarity
+from stream.pipeline import ReducedVideo
+from stream.plan import Plan
+
+from .values import Part, joined
+
+_MIB = 1 << 20
+
+
+def relevance(video: ReducedVideo, words: Tensor) -> float:
+    """Cosine of the mean token and the mean word; both live in the language model's input space.
+
+    words: [w, d] embeddings of a question.
+    """
+    x = video.x.float()
+    if x.shape[0] == 0:
+        return -1.0
+    mean = words.float().mean(0, keepdim=True).to(x.device)
+    return float(similarity.cosine(x.mean(0, keepdim=True), mean))
+
+
+class Window:
+    """The parts that the model holds, in time order, at most `frames` frames of them.
+
+    The newest group always stays; a group leaves as a whole.
+    """
+
+    def __init__(self, frames: int, evict: str = "oldest") -> None:
+        self._limit, self._evict = frames, evict
+        self.parts: list[Part] = []
+        self._words: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        return sum(p.frames for p in self.parts)
+
+    def asked(self, words: Tensor) -> None:
+        """What was last asked; it says which parts matter least."""
+        self._words = words
+
+    def admit(self, part: Part) -> list[Part]:
+        """Add a part; returns those that had to leave for it, in time order."""
+        left: list[Part] = []
+        while self.parts and self.frames + part.frames > self._limit:
+            groups = list(dict.fromkeys(p.group for p in self.parts))
+            older = [g for g in groups if g != part.group] or groups
+            leaving = min(older, key=self._worth)
+            left += [p for p in self.parts if p.group == leaving]
+            self.parts = [p for p in self.parts if p.group != leaving]
+        self.parts.append(part)
+        return left
+
+    def _worth(self, group: int) -> tuple[float, int]:
+        if self._evict == "oldest" or self._words is None:
+            return 0.0, group
+        video = joined([p.video for p in self.parts if p.group == group])
+        return relevance(video, self._words), group
+
+
+class Archive:
+    """Reduced tokens of groups that left the window: in memory, or as safetensors in a folder.
+
+    Of a merge only the result and its anchor are kept, which is all the model needs. The oldest are
+    forgotten beyond `mib`.
+    """
+
+    def __init__(self, mib: float, folder: Path | None = None) -> None:
+        self._limit, self._folder = mib * _MIB, folder
+        self._held: dict[int, ReducedVideo | Path] = {}
+        self._spans: dict[int, tuple[float, float]] = {}
+        self._bytes: dict[int, int] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def mib(self) -> float:
+        return sum(self._bytes.values()) / _MIB
+
+    def put(self, group: int, video: ReducedVideo) -> list[int]:
+        """Keep a group; returns the groups forgotten for it."""
+        small = ReducedVideo(
+            video.x.cpu(),
+            Plan.keep(video.plan.anchor.cpu(), video.plan.n),
+            video.grid,
+            video.pts_s,
+            video.budget,
+            video.segments,
+        )
+        self._spans[group] = (video.pts_s[0], video.pts_s[-1])
+        self._bytes[group] = small.x.nbytes + small.plan.anchor.nbytes
+        self._held[group] = small if self._folder is None else self._write(group, small)
+        forgotten = []
+        while sum(self._bytes.values()) > self._limit:
+            oldest = min(self._held)
+            gone = self._held.pop(oldest)
+            if isinstance(gone, Path):
+                gone.unlink(missing_ok=True)
+            del self._spans[oldest], self._bytes[oldest]
+            forgotten.append(oldest)
+        return forgotten
+
+    def get(self, group: int) -> ReducedVideo:
+        held = self._held[group]
+        return _read(held) if isinstance(held, Path) else held
+
+    def groups(self) -> list[int]:
+        """All that is held, ascending."""
+        return sorted(self._held)
+
+    def spans(self) -> list[tuple[float, float]]:
+        """Presentation times of the first and last frame of each group."""
+        return list(self._spans.values())
+
+    def between(self, first_s: float, last_s: float) -> list[int]:
+        """Groups with a frame in the span, ascending."""
+        return sorted(g for g, (a, b) in self._spans.items() if a <= last_s and b >= first_s)
+
+    def _write(self, group: int, video: ReducedVideo) -> Path:
+        assert self._folder is not None
+        path = self._folder / f"{group:08d}.safetensors"
+        grid = video.grid
+        tensors = {
+            "x": video.x,
+            "anchor": video.plan.anchor,
+            "pts_s": torch.tensor(video.pts_s, dtype=torch.float64),
+            "shape": torch.tensor([grid.frames, grid.rows, grid.cols, video.budget.tokens]),
+        }
+        save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+        return path
+
+
+def _read(path: Path) -> ReducedVideo:
+    held = load_file(path)
+    frames, rows, cols, tokens = held["shape"].tolist()
+    grid = PatchGrid(frames, rows, cols)
+    plan = Plan.keep(held["anchor"], grid.size)
+    return ReducedVideo(held["x"], plan, grid, tuple(held["pts_s"].tolist()), Budget(tokens))
+
+
+def most_relevant(ranked: Sequence[tuple[float, int, int]], frames: int) -> list[int]:
+    """Of (relevance, key, frames), best first: the keys that fit in `frames` frames, ascending."""
+    chosen = []
+    for _, key, size in ranked:
+        if size <= frames:
+            frames -= size
+            chosen.append(key)
+    return sorted(chosen)
