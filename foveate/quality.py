@@ -8,7 +8,6 @@ where it was.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ class QualityConfig(Config):
     split: str
     positions: str
     seed: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
     settings: tuple[str, ...] = ()
 
 
@@ -102,9 +102,20 @@ def jobs_of(
     return jobs
 
 
+_rank = 0
+"""Number of this process among the workers of a run."""
+
+
+def _claim_rank(taken: Any) -> None:
+    global _rank
+    with taken.get_lock():
+        _rank = taken.value
+        taken.value += 1
+
+
 @lru_cache(maxsize=1)
-def _model(name: str, device: str | None) -> tuple[Any, Any]:
-    """The model of this process; processes spread over the GPUs by their number."""
+def _model(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model of this process; workers take the GPUs in turn."""
     import torch
 
     from policies.models import load, quiet
@@ -112,8 +123,8 @@ def _model(name: str, device: str | None) -> tuple[Any, Any]:
     quiet()
     if device == "cuda":
         torch.set_num_threads(1)
-        device = f"cuda:{os.getpid() % torch.cuda.device_count()}"
-    return load(name, device, torch.float32)
+        device = f"cuda:{_rank % torch.cuda.device_count()}"
+    return load(name, device, getattr(torch, dtype))
 
 
 def run_job(job: Job, config: QualityConfig, device: str | None) -> list[Piece]:
@@ -126,7 +137,7 @@ def run_job(job: Job, config: QualityConfig, device: str | None) -> list[Piece]:
     from stream.sources import Uniform, open_source
 
     path, questions, todo = job
-    model, processor = _model(config.model, device)
+    model, processor = _model(config.model, device, config.dtype)
     ms: dict[str, float] = {}
     with open_source(path) as source, timed(ms, "decode"):
         frames = list(source.read(Uniform(config.frames)))
@@ -182,7 +193,11 @@ def run_jobs(
         for job in jobs:
             yield run_job(job, config, device)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    taken = spawn.Value("i", 0)
+    with ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=_claim_rank, initargs=(taken,)
+    ) as pool:
         pending = [pool.submit(run_job, job, config, device) for job in jobs]
         try:
             for future in as_completed(pending):

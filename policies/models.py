@@ -46,12 +46,19 @@ def load(
                 f"'{name}' is a {config.model_type} model; supported are {', '.join(supported())}."
             )
         processor = AutoProcessor.from_pretrained(where)  # type: ignore[no-untyped-call]
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, attn_implementation="sdpa"
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise AttachError(
             f"Model '{name}' cannot be loaded: {str(error).splitlines()[0]} "
             f"Give one of {', '.join(in_the_box())}, a folder, or a hub name."
         ) from error
+    model, notes = loaded
+    if missing := sorted(notes["missing_keys"]):
+        raise AttachError(
+            f"The checkpoint '{name}' lacks {len(missing)} weights of a {config.model_type} "
+            f"({missing[0]}, ...), which would be random; save it again with the installed "
+            "transformers."
+        )
     return model.to(device).eval(), processor

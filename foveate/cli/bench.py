@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .apps import bench_app
 from .options import Json
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @bench_app.command("quality")
@@ -23,6 +25,7 @@ def bench_quality(
     split: Annotated[str, typer.Option(help="heldout, or train for tuning.")] = "heldout",
     positions: Annotated[str, typer.Option(help="keep or renumber.")] = "keep",
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Of the model.")] = "float32",
     workers: Annotated[int, typer.Option(help="Processes; more than one disturbs the ms.")] = 1,
     seed: Annotated[int, typer.Option(help="Of random choices.")] = 0,
     out: Annotated[Path, typer.Option(help="Run folder; what is done is not run again.")] = (
@@ -45,6 +48,7 @@ def bench_quality(
         split,
         positions,
         device,
+        dtype,
         workers,
         seed,
         out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from ..show import err, out, print_json, progress_bars, table
 
@@ -19,6 +19,7 @@ def quality(
     split: str,
     positions: str,
     device: str | None,
+    dtype: Literal["float32", "bfloat16"],
     workers: int,
     seed: int,
     folder: Path,
@@ -47,6 +48,7 @@ def quality(
         split=split,
         positions=positions,
         seed=seed,
+        dtype=dtype,
         settings=tuple(sorted(overrides)),
     )
     if split not in get_args(Split):
@@ -127,7 +129,7 @@ def _quality_table(rows: list[Any], config: Any) -> Any:
     ]
     title = (
         f"{config.model}, {config.split}, {config.videos} videos, n = {rows[0].n}, "
-        f"{config.frames} frames, positions {config.positions}, seed {config.seed}"
+        f"{config.frames} frames, positions {config.positions}, {config.dtype}, seed {config.seed}"
     )
     return table(title, columns, cells)
 
