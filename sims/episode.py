@@ -67,6 +67,7 @@ class Thought:
     observation: Observation | None
     decision: Decision
     promised: bool
+    predicted_ms: float | None
     stage_ms: dict[str, float]
     said: list[str]
     prefix: Prefix | None = None
@@ -175,6 +176,7 @@ class Episode[S]:
             observation=observation,
             decision=decision,
             promised=decision.runs and not decision.late,
+            predicted_ms=_total(decision.predicted_ms, stage_ms),
             stage_ms=stage_ms,
             said=said,
             prefix=self._prefix,
@@ -221,6 +223,7 @@ class Episode[S]:
             rule=thought.deadline.rule.value,
             decision=decision,
             promised=thought.promised,
+            predicted_ms=thought.predicted_ms,
             stage_ms=thought.stage_ms,
             elapsed_ms=thought.elapsed_ms,
             late=thought.late,
@@ -331,3 +334,7 @@ class Episode[S]:
             past = now.steps - before.steps
         self._playback = now.deliver(thought.chunk.actions, past)
         return past
+
+
+def _total(predicted_ms: float | None, before_ms: dict[str, float]) -> float | None:
+    return None if predicted_ms is None else predicted_ms + sum(before_ms.values())

@@ -28,7 +28,8 @@ class Tick:
         empty or None where there was none.
     deadline_ms: from the observation to the end of what was promised; its rule.
     decision: the last one, after the prefill where that ran.
-    promised: whether the first one promised a result by the deadline.
+    promised: whether the first one promised a result by the deadline; predicted_ms: from the
+        observation to the result as it foresaw, None where nothing foresees.
     stage_ms, elapsed_ms: time of each stage, and from the observation to the result, on the clock
         of the episode.
     late: the result came after the deadline. got: what the robot did at the deadline.
@@ -53,6 +54,7 @@ class Tick:
     rule: str
     decision: Decision
     promised: bool
+    predicted_ms: float | None
     stage_ms: Mapping[str, float]
     elapsed_ms: float
     late: bool
@@ -89,6 +91,7 @@ class Tick:
             "plan": None if self.plan is None else self.plan.to("cpu").to_record(),
             "deadline_ms": _finite(self.deadline_ms),
             "rule": self.rule,
+            "predicted_ms": self.predicted_ms,
             "decision": {k: _finite(v) for k, v in decision.items()},
             "stage_ms": {s: round(ms, 4) for s, ms in self.stage_ms.items()},
             "elapsed_ms": round(self.elapsed_ms, 4),
