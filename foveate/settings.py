@@ -37,6 +37,33 @@ class AskConfig(Config):
     max_new_tokens: Annotated[int, Field(ge=1)] = 16
 
 
+class DriveSettings(Config):
+    """A policy in a simulator, inside a budget.
+
+    model: a name in the box, a folder, or a hub name. settings: of the reducer.
+    mode: whether the world waits while the policy computes. time: wall, card:FILE or ms:60.
+    budget_ms: from the observation to the actions; None takes 1.3 times the median of an inference
+    with a quarter of the tokens. keep: a fixed share of the tokens instead of the controller's
+    choice. floor_tokens: least tokens the controller may take without saying so. align: which
+    actions of a chunk count as past, see sims/episode.py. stop_after: misses in a row before the
+    episode is given up.
+    """
+
+    model: str = "tiny-vla"
+    reducer: str = "vla_pruner"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    mode: Literal["realtime", "waiting"] = "realtime"
+    time: str = "wall"
+    budget_ms: Annotated[float, Field(gt=0)] | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    floor_tokens: Annotated[int, Field(ge=0)] = 0
+    align: Literal["moves", "time"] = "moves"
+    stop_after: Annotated[int, Field(ge=1)] = 40
+    episodes: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str | None = None
+
+
 class ReducerConfig(Config):
     """A reducer with its settings, as a file of configs/reducers/."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.settings import CONFIGS, AskConfig, reducer_of, variants
+from foveate.settings import CONFIGS, AskConfig, DriveSettings, reducer_of, variants
 from stream.config import load
 
 
@@ -16,6 +16,13 @@ def test_ask_configs_build(path: Path) -> None:
     assert reducer_of(config.reducer, **config.settings).stages
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "drive").glob("*.yaml")), ids=lambda p: p.name)
+def test_drive_configs_are_the_defaults_spelled_out(path: Path) -> None:
+    config = load(path, DriveSettings)
+    assert reducer_of(config.reducer, **config.settings).stages
+    assert config == DriveSettings()
+
+
 @pytest.mark.parametrize("name", variants())
 def test_reducer_variants_build(name: str) -> None:
     assert reducer_of(name).stages
@@ -23,4 +30,4 @@ def test_reducer_variants_build(name: str) -> None:
 
 def test_every_config_belongs_to_a_tested_kind() -> None:
     kinds = {p.parent.name for p in CONFIGS.rglob("*.yaml")}
-    assert kinds <= {"ask", "batch", "reducers"}
+    assert kinds <= {"ask", "batch", "drive", "reducers"}

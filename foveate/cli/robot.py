@@ -1,0 +1,65 @@
+"""Declares the commands that drive robots in simulators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..settings import CONFIGS
+from .apps import app
+from .options import ConfigFile, Device, Json, Method, Model, Override, overrides
+
+
+@app.command()
+def drive(
+    environment: Annotated[str, typer.Argument(help="metaworld:drawer-open, pusht ...")],
+    budget_ms: Annotated[
+        float | None, typer.Option(help="From picture to actions; default fits 25 % of tokens.")
+    ] = None,
+    model: Model = None,
+    reducer: Method = None,
+    keep: Annotated[
+        float | None, typer.Option(help="A fixed share of tokens, instead of the controller.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="realtime or waiting.")] = None,
+    time: Annotated[str | None, typer.Option(help="wall, card:FILE or ms:60.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="Episodes, seeds in a row.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first episode.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Misses in a row.")] = None,
+    disturb: Annotated[
+        int | None, typer.Option(help="Start and stop a busy process every so many ticks.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Folder for `foveate replay`.")] = None,
+    rerun: Annotated[Path | None, typer.Option(help="A recording for rerun: .rrd.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A quick look: .mp4.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="A LeRobotDataset with the keep mask as a feature.")
+    ] = None,
+    device: Device = None,
+    config: ConfigFile = CONFIGS / "drive" / "default.yaml",
+    override: Override = None,
+    as_json: Json = False,
+) -> None:
+    """Let a policy act in a simulator that does not wait, inside a budget."""
+    from stream.config import load
+
+    from ..commands import drive as command
+    from ..settings import DriveSettings
+
+    options = overrides(
+        override,
+        budget_ms=budget_ms,
+        model=model,
+        reducer=reducer,
+        keep=keep,
+        mode=mode,
+        time=time,
+        episodes=episodes,
+        seed=seed,
+        stop_after=stop_after,
+        device=device,
+    )
+    settings = load(config, DriveSettings, options)
+    command.drive(environment, settings, disturb, record, rerun, video, dataset, as_json)

@@ -1,0 +1,199 @@
+"""`foveate drive`: a policy acts in a simulator inside a budget; say what it cost and gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..neighbour import Neighbour
+from ..robot import budget_of, controller_of, drive_config, load_policy, timing_of
+from ..settings import DriveSettings
+from ..show import err, out, print_json, table
+
+if TYPE_CHECKING:
+    from sims.tally import Tally
+    from stream.sinks.base import TickSink
+    from stream.ticks import Tick
+
+ADAPTATION = 10
+"""Inferences that a controller has to adapt in after a neighbour came or went."""
+
+
+def drive(
+    environment: str,
+    settings: DriveSettings,
+    disturb: int | None,
+    record: Path | None,
+    rerun: Path | None,
+    video: Path | None,
+    dataset: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the episodes, record them, sum up."""
+    import sims
+    from sims.episode import Episode
+    from sims.tally import Tally
+
+    policy = load_policy(settings)
+    with ExitStack() as stack:
+        world = stack.enter_context(sims.make(environment))
+        sinks = [stack.enter_context(s) for s in sinks_of(record, rerun, video, dataset)]
+        neighbour = stack.enter_context(Neighbour())
+        world.reset(settings.seed)
+        timing = timing_of(settings, policy, world.observe())
+        budget_ms = budget_of(settings, timing.card, policy)
+        about = {
+            "environment": environment,
+            "policy": policy.spec.name,
+            "cameras": list(world.spec.cameras),
+            "dt_s": world.spec.dt_s,
+            "budget_ms": budget_ms,
+            "time_source": timing.clock.label,
+            "card": timing.note,
+            "settings": settings.model_dump(mode="json"),
+        }
+        err.print(f"times: {timing.clock.label} ({timing.note})", highlight=False)
+        episode = Episode(
+            world,
+            policy,
+            controller_of(settings, timing.card, policy),
+            timing.clock,
+            drive_config(settings, budget_ms),
+            film=any(sink.needs_film for sink in sinks),
+        )
+        tally, settled = Tally(), Tally()
+        episodes: list[dict[str, Any]] = []
+        with progress_line() as say:
+            for seed in range(settings.seed, settings.seed + settings.episodes):
+                mine = Tally()
+                for sink in sinks:
+                    sink.begin({**about, "seed": seed})
+                for tick in episode.run(seed):
+                    if disturb:
+                        neighbour.switch(tally.ticks // disturb % 2 == 1)
+                        if tally.ticks % disturb >= ADAPTATION:
+                            settled.add(tick)
+                    tally.add(tick)
+                    mine.add(tick)
+                    for sink in sinks:
+                        sink.write(tick)
+                    say(line_of(tick, tally, seed))
+                summary = {
+                    "seed": seed,
+                    "instruction": episode.instruction,
+                    "success": tick.success,
+                    "score": tick.score,
+                    "stopped": episode.stopped,
+                    **mine.to_record(),
+                }
+                episodes.append(summary)
+                for sink in sinks:
+                    sink.end(summary)
+    result = {**about, "episodes": episodes, "all": tally.to_record()}
+    if disturb:
+        result["disturbed"] = {
+            "switched_every": disturb,
+            "inferences_after_adaptation": settled.inferences,
+            "misses_after_adaptation": settled.missed,
+            "miss_rate_after_adaptation": round(settled.miss_rate, 4),
+        }
+    if as_json:
+        print_json(result)
+        return
+    show(result, tally)
+
+
+def sinks_of(
+    record: Path | None, rerun: Path | None, video: Path | None, dataset: Path | None
+) -> Iterator[TickSink]:
+    """The sinks that were asked for, each made when it is taken."""
+    if record:
+        from stream.sinks.jsonl import JsonLines
+
+        yield JsonLines(record)
+    if rerun:
+        from stream.sinks.rerun_log import RerunLog
+
+        yield RerunLog(rerun)
+    if video:
+        from stream.sinks.film import Film
+
+        yield Film(video)
+    if dataset:
+        from stream.sinks.lerobot_dataset import Dataset
+
+        yield Dataset(dataset)
+
+
+@contextmanager
+def progress_line() -> Iterator[Any]:
+    """One line on standard error that a caller rewrites; drawn by the caller's thread alone."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("")
+
+        def say(text: str) -> None:
+            bar.update(task, description=text)
+            bar.refresh()
+
+        yield say
+
+
+def line_of(tick: Tick, tally: Tally, seed: int) -> str:
+    predicted = "-" if tick.predicted_ms is None else f"{tick.predicted_ms:.0f}"
+    return (
+        f"seed {seed}  step {tick.first_step}  {tick.decision.tokens} tokens  "
+        f"{predicted} predicted, {tick.elapsed_ms:.0f} ms  "
+        f"{tick.decision.rung.name.lower()}  misses {tally.missed}/{tally.inferences}"
+    )
+
+
+def show(result: dict[str, Any], tally: Tally) -> None:
+    """The tables a person reads."""
+    budget = result["budget_ms"]
+    rows = [
+        (
+            e["seed"],
+            e["instruction"],
+            "yes" if e["success"] else "no",
+            f"{e['score']:.2f}",
+            e["steps"],
+            e["held_steps"],
+            f"{e['misses']}/{e['inferences']}",
+            f"{e['mean_tokens']:.0f}",
+            e["stopped"],
+        )
+        for e in result["episodes"]
+    ]
+    columns = ("seed", "told", "success", "score", "steps", "held", "misses", "tokens", "stopped")
+    title = f"{result['environment']}, {result['policy']}, " + (
+        "no budget" if budget is None else f"budget {budget:g} ms"
+    )
+    out.print(table(title, columns, rows))
+    out.print(table("Tokens", ("bucket", "inferences"), sorted(tally.tokens.items())))
+    times = [
+        (stage, *(f"{ms:.1f}" for ms in found.values()))
+        for stage, found in tally.quantiles_ms().items()
+    ]
+    out.print(table(f"Time: {result['time_source']}", ("ms", "p50", "p95", "p99"), times))
+    named = (
+        ("Decided", tally.rungs),
+        ("At the deadline", tally.got),
+        ("Given up", tally.gave_up),
+        ("Went wrong", tally.said),
+    )
+    for title, counter in named:
+        if counter:
+            out.print(table(title, ("what", "ticks"), counter.most_common()))
+    if "disturbed" in result:
+        found = result["disturbed"]
+        out.print(
+            f"a neighbour came and went every {found['switched_every']} ticks: "
+            f"{found['misses_after_adaptation']} misses in "
+            f"{found['inferences_after_adaptation']} inferences, {ADAPTATION} after each change "
+            f"left out ({found['miss_rate_after_adaptation']:.1%})"
+        )

@@ -1,0 +1,155 @@
+"""What the robot commands share: policy, card, clock and controller by their settings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .settings import DriveSettings, reducer_of
+from .show import progress_bars
+
+if TYPE_CHECKING:
+    from policies.vla.base import VLAPolicy
+    from sims.clock import TimeSource
+    from sims.episode import DriveConfig
+    from stream.budgets.decision import Controller
+    from stream.budgets.latency_card import LatencyCard
+    from stream.data import Observation
+
+QUICK = {"repeats": 20, "warmup": 3}
+WARM_UP = 3
+QUARTER, ROOM = 0.25, 1.3
+
+
+def load_policy(settings: DriveSettings) -> VLAPolicy:
+    """The policy with its reducer. Raises AttachError where it cannot be had."""
+    import policies.vla
+    from stream.errors import AttachError
+
+    reducer = reducer_of(settings.reducer, **settings.settings)
+    load: Callable[..., VLAPolicy] | None = getattr(policies.vla, "load", None)
+    if load is None:
+        raise AttachError(f"No robot policy can be loaded here, '{settings.model}' neither.")
+    return load(settings.model, reducer, settings.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Whose times a run goes by.
+
+    card: what the controller expects. clock: what happens. note: where the card comes from.
+    """
+
+    card: LatencyCard
+    clock: TimeSource
+    note: str
+
+
+def timing_of(settings: DriveSettings, policy: VLAPolicy, observation: Observation) -> Timing:
+    """The clock that `settings.time` names; on the wall, the policy is warm afterwards.
+
+    Raises ConfigError for anything but wall, card:FILE and ms:TIME.
+    """
+    from sims.calibration import Measure, device_name, fitted
+    from sims.clock import CardTime, WallTime, check_card, stated_card
+    from stream.budgets.latency_card import LatencyCard
+    from stream.errors import ConfigError
+
+    kind, _, what = settings.time.partition(":")
+    tokens, device = policy.spec.grid.size, device_name(policy.device)
+    if settings.time == "wall":
+        card, note = own_card(settings, policy, observation)
+        measure = Measure(policy, observation)
+        for bucket in card.buckets * WARM_UP:
+            measure(bucket)
+        return Timing(card, WallTime(policy.device, f"wall clock, {device}"), note)
+    if kind == "card" and what:
+        card = fitted(check_card(LatencyCard.load(what), what), tokens)
+        return Timing(card, CardTime(card, card.label(device)), f"latency card {what}")
+    if kind == "ms" and what:
+        card = stated_card(what, tokens)
+        return Timing(card, CardTime(card, f"stated: {what} ms"), "stated times")
+    raise ConfigError(
+        f"The time {settings.time!r} is none of wall, card:FILE, ms:60, ms:64=30,512=90."
+    )
+
+
+def own_card(
+    settings: DriveSettings, policy: VLAPolicy, observation: Observation
+) -> tuple[LatencyCard, str]:
+    """The card of this policy on this machine, and where it comes from; made when there is none."""
+    from sims.calibration import buckets_of, card_of, device_name
+    from stream.budgets.latency_card import LatencyCard
+
+    device = device_name(policy.device)
+    name = f"{settings.model}, {settings.reducer}"
+    key = "\n".join([name, repr(sorted(settings.settings.items())), device, repr(policy.spec)])
+    path = cache_folder() / "cards" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if path.is_file():
+        return LatencyCard.load(path), f"card of {path}; delete it to calibrate again"
+    buckets = buckets_of(policy.spec.grid.size)
+    runs = len(buckets) * sum(QUICK.values())
+    with progress_bars({"calibrate": runs}) as bars:
+        card = card_of(
+            policy,
+            observation,
+            model=name,
+            buckets=buckets,
+            progress=partial(bars, "calibrate"),
+            **QUICK,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card.save(path)
+    return card, f"calibrated just now, {QUICK['repeats']} samples a bucket; kept in {path}"
+
+
+def cache_folder() -> Path:
+    """Where cards are kept between runs: FOVEATE_CACHE, or the user's cache folder."""
+    named = os.environ.get("FOVEATE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(base) / "foveate"
+
+
+def budget_of(settings: DriveSettings, card: LatencyCard, policy: VLAPolicy) -> float | None:
+    """The stated budget; without one, room for a quarter of the tokens where the world moves on."""
+    from sims.calibration import buckets_of, whole_ms
+
+    if settings.budget_ms is not None or settings.mode == "waiting":
+        return settings.budget_ms
+    quarter = buckets_of(policy.spec.grid.size, [QUARTER])[0]
+    nearest = min(card.buckets, key=lambda bucket: abs(bucket - quarter))
+    return round(ROOM * whole_ms(card, nearest, policy.spec.steps[-1]), 1)
+
+
+def controller_of(settings: DriveSettings, card: LatencyCard, policy: VLAPolicy) -> Controller[Any]:
+    """The deadline controller, or a fixed share of the tokens."""
+    from sims.calibration import device_name
+    from sims.clock import STAGES
+    from stream.budgets.baselines import FixedController
+    from stream.budgets.controller import ControllerConfig, DeadlineController
+    from stream.data import Budget
+
+    steps = policy.spec.steps
+    if settings.keep is not None:
+        tokens = Budget.ratio(settings.keep, policy.spec.grid.size).tokens
+        return FixedController(tokens=tokens, steps=steps[-1])
+    allowed = ControllerConfig(
+        floor_tokens=settings.floor_tokens, steps=steps, stop_after=settings.stop_after
+    )
+    return DeadlineController.of(card, STAGES, device_name(policy.device), allowed)
+
+
+def drive_config(settings: DriveSettings, budget_ms: float | None) -> DriveConfig:
+    from sims.episode import DriveConfig
+
+    return DriveConfig(
+        mode=settings.mode,
+        budget_ms=budget_ms,
+        align=settings.align,
+        stop_after=settings.stop_after,
+    )
