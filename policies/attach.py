@@ -19,6 +19,8 @@ from stream.signals import Signal, Signals
 from .adapter import SaliencyTap, adapter_for
 from .hooks import Positions, ReductionHooks
 from .prefill import VideoSpan
+from .vla.families import family_of, is_lerobot
+from .vla.flow_attach import FlowAttachment
 
 
 class Attachment:
@@ -33,17 +35,17 @@ class Attachment:
         model: PreTrainedModel,
         reducer: Reducer,
         retain: float | None,
-        tokens: int | None,
+        budget: int | None,
         positions: Positions,
         seed: int,
     ) -> None:
         self._adapter = adapter_for(model)
         self._adapter.check_fit(reducer)
-        if (retain is None) == (tokens is None):
+        if (retain is None) == (budget is None):
             raise BudgetError(
-                f"retain is {retain} and tokens is {tokens}; give exactly one of them."
+                f"retain is {retain} and budget is {budget}; give exactly one of them."
             )
-        self._retain, self._tokens, self._seed = retain, tokens, seed
+        self._retain, self._tokens, self._seed = retain, budget, seed
         self._hooks = ReductionHooks(
             self._adapter.text_model, self._adapter.layers, reducer.stages, positions
         )
@@ -132,28 +134,40 @@ class Attachment:
 
 
 def attach(
-    model: PreTrainedModel,
-    reducer: str | Reducer = "holitom",
+    model: Any,
+    reducer: str | Reducer | None = None,
     *,
     retain: float | None = None,
-    tokens: int | None = None,
+    budget: int | None = None,
     positions: Positions = "keep",
     seed: int = 0,
+    dt_s: float = 1 / 30,
     **settings: Any,
-) -> Attachment:
-    """Prune the visual tokens of a transformers video LLM while the block runs.
+) -> Attachment | FlowAttachment:
+    """Prune the visual tokens of a model while the block runs.
 
-        with attach(model, "holitom", retain=0.15):
+        with attach(model, "holitom", retain=0.15):  # a transformers video LLM
             model.generate(**inputs)
 
-    reducer: a name (`foveate methods` lists them) with its settings, or a Reducer.
-    retain: share of each video's tokens to keep, or tokens: their number.
-    positions: `keep` lets every token stand where its anchor stood; `renumber` closes the gaps.
+        with attach(policy, "vla_pruner", budget=64):  # a lerobot policy
+            policy.select_action(batch)
+
+    reducer: a name (`foveate methods` lists them) with its settings, or a Reducer; default is
+    `holitom` for a video LLM and `vla_pruner` for a policy.
+    retain: share of the visual tokens to keep, or budget: their number; of each video, or of all
+    cameras of a policy together.
+    positions: of video LLMs; `keep` lets every token stand where its anchor stood, `renumber`
+    closes the gaps. dt_s: of policies; control period, by which past steps age when the batches
+    hold no `timestamp`.
     """
-    if settings and not isinstance(reducer, str):
+    policy = is_lerobot(model)
+    if settings and isinstance(reducer, Reducer):
         raise ConfigError(
             f"{type(reducer).__name__} is built already, so {sorted(settings)} cannot be set; "
             "give its name instead."
         )
-    built = build_reducer(reducer, **settings) if isinstance(reducer, str) else reducer
-    return Attachment(model, built, retain, tokens, positions, seed)
+    if not isinstance(reducer, Reducer):
+        reducer = build_reducer(reducer or ("vla_pruner" if policy else "holitom"), **settings)
+    if policy:
+        return FlowAttachment(family_of(model), reducer, retain, budget, seed, dt_s)
+    return Attachment(model, reducer, retain, budget, positions, seed)

@@ -99,6 +99,10 @@ class Reducer(BaseModel, ABC):
                 f"{tokens.grid.size} patches; let it be the first reducer before the model."
             )
 
+    def action_layers(self, depth: int) -> range:
+        """The decoder layers, of `depth`, whose action attention the method wants to remember."""
+        return range(0)
+
     @abstractmethod
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
         """Decide what becomes of every token.

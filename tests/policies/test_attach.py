@@ -178,13 +178,13 @@ def test_a_generated_placeholder_is_no_new_video() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({}, BudgetError, "retain is None and tokens is None; give exactly one"),
-        ({"retain": 0.5, "tokens": 4}, BudgetError, "give exactly one of them"),
+        ({}, BudgetError, "retain is None and budget is None; give exactly one"),
+        ({"retain": 0.5, "budget": 4}, BudgetError, "give exactly one of them"),
         ({"retain": 0.0}, BudgetError, r"retain ratio is 0.0; it must be in \(0, 1\]"),
         ({"retain": 1.5}, BudgetError, r"retain ratio is 1.5; it must be in \(0, 1\]"),
         ({"retain": float("nan")}, BudgetError, "retain ratio is nan"),
-        ({"tokens": -1}, BudgetError, "tokens is -1; it must be 0 or more"),
-        ({"tokens": 0}, BudgetError, "at least 1 must reach it"),
+        ({"budget": -1}, BudgetError, "tokens is -1; it must be 0 or more"),
+        ({"budget": 0}, BudgetError, "at least 1 must reach it"),
         (
             {"retain": 0.5, "positions": "shift"},
             ConfigError,
@@ -364,8 +364,8 @@ def test_sequences_that_shrink_differently_are_refused() -> None:
     [
         ({"retain": 0.25}, lambda n: round(n / 4)),
         ({"retain": 0.001}, lambda n: 1),
-        ({"tokens": 7}, lambda n: 7),
-        ({"tokens": 10_000}, lambda n: n),
+        ({"budget": 7}, lambda n: 7),
+        ({"budget": 10_000}, lambda n: n),
     ],
 )
 def test_plans_and_lengths_say_what_was_kept(
@@ -385,7 +385,7 @@ def test_plans_and_lengths_say_what_was_kept(
 def test_holitom_halves_inside_the_model() -> None:
     model, inputs = build("llava_onevision"), inputs_of("llava_onevision")
     paper = {"layer": 18 / 28, "drop": 0.5}
-    with attach(model, "holitom", tokens=12, inner=paper) as held:
+    with attach(model, "holitom", budget=12, inner=paper) as held:
         generate(model, inputs, **SHORT)
         ((plan,),) = held.plans
         assert (plan.n, plan.k) == (36, 6)
@@ -394,7 +394,7 @@ def test_holitom_halves_inside_the_model() -> None:
 
 def test_zero_tokens_inside_the_model_are_legal() -> None:
     model, inputs = build("llava_onevision"), inputs_of("llava_onevision")
-    with attach(model, "fastv", tokens=0) as held:
+    with attach(model, "fastv", budget=0) as held:
         out = generate(model, inputs)
         assert held.lengths == [46] * 2 + [10] * 4
     assert bool(torch.isfinite(out.logits[-1]).all())
@@ -404,7 +404,7 @@ def test_seeds_reach_random_reducers() -> None:
     model, inputs = build("llava_onevision"), inputs_of("llava_onevision")
 
     def anchors(seed: int) -> list[int]:
-        with attach(model, "random_keep", tokens=9, seed=seed) as held:
+        with attach(model, "random_keep", budget=9, seed=seed) as held:
             generate(model, inputs, **SHORT)
             return held.plans[0][0].anchor.tolist()
 
@@ -427,7 +427,7 @@ def test_a_users_own_reducer_can_be_attached() -> None:
             return Plan.keep(loud.topk(budget.tokens).indices.sort().values, tokens.n)
 
     model, inputs = build("llava_onevision"), inputs_of("llava_onevision")
-    with attach(model, Loudest(), tokens=5) as held:
+    with attach(model, Loudest(), budget=5) as held:
         generate(model, inputs, **SHORT)
         assert held.lengths == [46, *[15] * 5]
 

@@ -79,7 +79,7 @@ def test_reasoner_equals_attached_model(name: str, reducer: str, positions: Posi
 
     for question, answer, plan in zip(questions, reply.answers, reply.plans, strict=True):
         inputs = whole_inputs(model, processor, reasoner, question)
-        with attach(model, method, tokens=budget.tokens, positions=positions) as attached:
+        with attach(model, method, budget=budget.tokens, positions=positions) as attached:
             output = model.generate(
                 **inputs,
                 max_new_tokens=4,

@@ -1,0 +1,153 @@
+"""What foveate must know about one family of lerobot's flow policies, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stream.data import PatchGrid
+from stream.errors import AttachError
+from stream.signals import Signal
+
+from ..probes import Attention
+from ..query_rows import ROW_SIGNALS
+
+if TYPE_CHECKING:
+    from .flow import FlowPruning
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The cameras of one batch that gave a picture.
+
+    cameras: their numbers among the policy's; starts: the place of each one's first token in the
+    prefix. A missing camera leaves no tokens; `grid` counts it nevertheless.
+    """
+
+    cameras: tuple[int, ...]
+    starts: tuple[int, ...]
+    grid: PatchGrid
+
+    def slots(self, device: torch.device) -> Tensor:
+        """long [n]: places of the visual tokens in the prefix."""
+        return self._ranges(self.starts, device)
+
+    def index(self, device: torch.device) -> Tensor:
+        """long [n]: places of the visual tokens in the grid of all cameras."""
+        return self._ranges([c * self.grid.per_frame for c in self.cameras], device)
+
+    @property
+    def stop(self) -> int:
+        """The place behind the last visual token."""
+        return max(self.starts) + self.grid.per_frame
+
+    @property
+    def tokens(self) -> int:
+        return len(self.cameras) * self.grid.per_frame
+
+    def _ranges(self, starts: Sequence[int], device: torch.device) -> Tensor:
+        first = torch.tensor(starts, device=device)[:, None]
+        return (first + torch.arange(self.grid.per_frame, device=device)).flatten()
+
+
+class FlowFamily(ABC):
+    """One family of lerobot's flow policies: what its prefix holds, how its layers are reached.
+
+    pictures: name of the policy's method that makes model inputs of a batch's pictures.
+    state_in_prefix: whether a prefix has to be prefilled anew to take in a newer state.
+    """
+
+    provides: ClassVar[frozenset[Signal]] = ROW_SIGNALS
+    """Signals before the model: the attention of its first layer, taken ahead."""
+
+    provides_inside: ClassVar[frozenset[Signal]] = ROW_SIGNALS | {Signal.INPUT_EMBEDDINGS}
+    pictures: ClassVar[str]
+    state_in_prefix: ClassVar[bool]
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.model: Any = policy.model
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Layers of the prefix."""
+
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """Visual tokens along one side of a picture."""
+
+    @property
+    @abstractmethod
+    def flow_steps(self) -> int:
+        """Euler steps the policy was configured for."""
+
+    @property
+    def framing(self) -> tuple[int, int]:
+        """Tokens before and behind each picture, which are attended to even without a picture."""
+        return 0, 0
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Keys of the policy's cameras, in the order of its configuration."""
+        return tuple(self.policy.config.image_features)
+
+    def is_masked(self, batch: dict[str, Any], key: str) -> bool:
+        """Whether the batch holds a picture that it declares to be none."""
+        return False
+
+    def see(
+        self, batch: dict[str, Any], pictures: Sequence[Any], masks: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], Seen]:
+        """Pictures and masks without the missing cameras, and where the rest will stand.
+
+        Masked pictures are no keys for anybody, so leaving them out changes nothing. Where
+        unmasked tokens frame them they stay, and only their tokens are not counted.
+        """
+        given = [key for key in self.cameras if key in batch]
+        there = [i for i, key in enumerate(given) if not self.is_masked(batch, key)]
+        if not there:
+            raise AttachError(
+                f"No camera gave a picture; the policy's cameras are {', '.join(self.cameras)}."
+            )
+        ahead, behind = self.framing
+        each = ahead + self.side**2 + behind
+        kept = there if each == self.side**2 else list(range(len(pictures)))
+        return (
+            [pictures[i] for i in kept],
+            [masks[i] for i in kept],
+            Seen(
+                cameras=tuple(self.cameras.index(given[i]) for i in there),
+                starts=tuple(ahead + kept.index(i) * each for i in there),
+                grid=PatchGrid(len(self.cameras), self.side, self.side),
+            ),
+        )
+
+    @abstractmethod
+    def attention(self, layer: int, hidden: Tensor, positions: Tensor, mask: Tensor) -> Attention:
+        """What a layer of the prefix will compute attention from, by its own projections."""
+
+    @abstractmethod
+    def intercept(self, pruning: FlowPruning) -> AbstractContextManager[Any]:
+        """While open, the layers of prefix and expert run through `pruning`."""
+
+    @abstractmethod
+    def embed(
+        self, pictures: list[Tensor], masks: list[Tensor], batch: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix embeddings [b, n, d], padding mask and block mask, bool [b, n], of a batch."""
+
+    @abstractmethod
+    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+        """The cache of a prefix."""
+
+    @abstractmethod
+    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
+        """(noisy actions, flow time) -> velocity, over the cache of a prefix."""

@@ -1,0 +1,177 @@
+"""lerobot's SmolVLA.
+
+Its layers are taken apart by `SmolVLMWithExpertModel.forward`, never called, so module hooks never
+fire; the two methods that run a layer's attention are wrapped on the instance instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stream.errors import AttachError
+
+from ..probes import Attention
+from .flow import FlowPruning, bound
+from .flow_family import FlowFamily
+
+
+class Family(FlowFamily):
+    pictures: ClassVar[str] = "prepare_images"
+    state_in_prefix: ClassVar[bool] = True
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        if not policy.config.use_cache:
+            raise AttachError("SmolVLA was configured with use_cache=False; pruning needs it True.")
+        self._towers: Any = self.model.vlm_with_expert
+        self._vlm: Any = self._towers.get_vlm_model()
+
+    @property
+    def depth(self) -> int:
+        return int(self._towers.num_vlm_layers)
+
+    @property
+    def side(self) -> int:
+        config = self._towers.config
+        resized = self.policy.config.resize_imgs_with_padding
+        pixels = resized[0] if resized else config.vision_config.image_size
+        return int(pixels // config.vision_config.patch_size // config.scale_factor)
+
+    @property
+    def flow_steps(self) -> int:
+        return int(self.policy.config.num_steps)
+
+    @property
+    def framing(self) -> tuple[int, int]:
+        return (2, 1) if self.model.add_image_special_tokens else (0, 0)
+
+    def is_masked(self, batch: dict[str, Any], key: str) -> bool:
+        mask = batch.get(f"{key}_padding_mask")
+        if mask is None:
+            return False
+        rows = mask.bool().tolist()
+        if any(rows) != all(rows):
+            raise AttachError(
+                f"Camera '{key}' is missing in some sequences of the batch and given in others; "
+                "run them one by one."
+            )
+        return not any(rows)
+
+    def attention(self, layer: int, hidden: Tensor, positions: Tensor, mask: Tensor) -> Attention:
+        from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
+
+        block = self._vlm.text_model.layers[layer]
+        own = block.self_attn
+        x = block.input_layernorm(hidden).to(own.q_proj.weight.dtype)
+        query, key = (
+            apply_rope(project(x).unflatten(-1, (-1, own.head_dim)), positions).transpose(1, 2)
+            for project in (own.q_proj, own.k_proj)
+        )
+        return Attention(query, key, own.head_dim**-0.5, mask[:, None], causal=False)
+
+    @contextmanager
+    def intercept(self, pruning: FlowPruning) -> Iterator[None]:
+        running: list[int] = []
+
+        def layered(run: Any) -> Any:
+            def attention_layer(
+                model_layers: Any,
+                inputs_embeds: list[Tensor | None],
+                layer_idx: int,
+                position_ids: Tensor,
+                attention_mask: Tensor,
+                *args: Any,
+                **kwargs: Any,
+            ) -> Any:
+                prefix, suffix = inputs_embeds
+                if suffix is None:
+                    assert prefix is not None
+                    # The caller goes on with this very list.
+                    inputs_embeds[0], position_ids, attention_mask = pruning.enter(
+                        layer_idx, prefix, position_ids, attention_mask
+                    )
+                else:
+                    running.append(layer_idx)
+                    attention_mask = pruning.enter_step(layer_idx, attention_mask)
+                output = run(
+                    model_layers,
+                    inputs_embeds,
+                    layer_idx,
+                    position_ids,
+                    attention_mask,
+                    *args,
+                    **kwargs,
+                )
+                if suffix is not None:
+                    running.pop()
+                    alive = pruning.alive(layer_idx)
+                    if alive is not None:
+                        # The policy's own crop is to the whole prefix, longer than this layer.
+                        kwargs["past_key_values"].layers[layer_idx].crop(alive.shape[1])
+                return output
+
+            return attention_layer
+
+        def seen(attend: Any) -> Any:
+            def attention(
+                mask: Tensor, batch: int, head_dim: int, query: Tensor, key: Tensor, value: Tensor
+            ) -> Tensor:
+                if running and pruning.looks(running[-1]):
+                    with torch.no_grad():
+                        pruning.look(running[-1], _received(mask, query, key))
+                output: Tensor = attend(mask, batch, head_dim, query, key, value)
+                return output
+
+            return attention
+
+        with ExitStack() as stack:
+            for name in ("forward_attn_layer", "forward_cross_attn_layer"):
+                stack.enter_context(bound(self._towers, name, layered))
+            stack.enter_context(bound(self._towers, "eager_attention_forward", seen))
+            yield
+
+    def embed(
+        self, pictures: list[Tensor], masks: list[Tensor], batch: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+
+        embeds, padding, blocks = self.model.embed_prefix(
+            pictures,
+            masks,
+            batch[OBS_LANGUAGE_TOKENS],
+            batch[OBS_LANGUAGE_ATTENTION_MASK],
+            state=self.policy.prepare_state(batch),
+        )
+        return embeds, padding, blocks
+
+    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+        from lerobot.policies.common.vla_utils import make_att_2d_masks
+
+        _, cache = self._towers.forward(
+            attention_mask=make_att_2d_masks(padding, blocks),
+            position_ids=padding.cumsum(1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeds, None],
+            use_cache=True,
+        )
+        return cache
+
+    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            v: Tensor = self.model.denoise_step(padding, cache, noisy, time)
+            return v
+
+        return velocity
+
+
+def _received(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Mean over heads and rows. query: [b, s, h, d]; key: [b, m, h_kv, d]; mask: bool [b, s, m]."""
+    attention = Attention(
+        query.transpose(1, 2), key.transpose(1, 2), query.shape[-1] ** -0.5, mask[:, None], False
+    )
+    return attention.received_from_all()

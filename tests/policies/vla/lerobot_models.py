@@ -1,0 +1,246 @@
+"""Tiny random lerobot policies, their batches, and the slow truth about a pruned run of theirs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SIDE = 4
+PER_CAMERA = SIDE**2
+STEPS, CHUNK = 4, 6
+STATE, ACTION = 5, 4
+CAMERAS = ("left", "wrist", "right")
+KEYS = tuple(f"observation.images.{name}" for name in CAMERAS)
+WORDS = [
+    "reach",
+    "push",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "ball",
+    "open",
+    "drawer",
+    "task",
+    "state",
+    "action",
+    ":",
+    ";",
+    ",",
+]
+
+
+def features() -> dict[str, Any]:
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    pictures = {key: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for key in KEYS}
+    state = {"observation.state": PolicyFeature(FeatureType.STATE, (STATE,))}
+    return {
+        "input_features": pictures | state,
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (ACTION,))},
+        "chunk_size": CHUNK,
+        "n_action_steps": CHUNK // 2,
+        "max_state_dim": 8,
+        "max_action_dim": 8,
+        "device": "cpu",
+    }
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "<image>", "<fake>", "<global>", "\n", *WORDS]
+    own = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<pad>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "fake_image_token": "<fake>",
+            "global_image_token": "<global>",
+        },
+    )
+
+
+@cache
+def smolvlm_folder() -> str:
+    """What SmolVLA wants of its `vlm_model_name`: a configuration and a processor."""
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    folder = Path(tempfile.mkdtemp(prefix="tiny-smolvlm-"))
+    SmolVLMProcessor(
+        SmolVLMImageProcessor(), tokenizer(), SmolVLMVideoProcessor(), image_seq_len=PER_CAMERA
+    ).save_pretrained(folder)
+    SmolVLMConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "attention_bias": False,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        scale_factor=2,
+        image_token_id=2,
+        pad_token_id=0,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def smolvla(**settings: Any) -> Any:
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    torch.manual_seed(0)
+    config = SmolVLAConfig(
+        **features(),
+        vlm_model_name=smolvlm_folder(),
+        num_vlm_layers=6,
+        num_steps=STEPS,
+        expert_width_multiplier=0.5,
+        resize_imgs_with_padding=(64, 64),
+        **settings,
+    )
+    return SmolVLAPolicy(config).eval()
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {"smolvla": smolvla}
+
+
+def batch(rows: int = 1, seed: int = 1, cameras: tuple[str, ...] = CAMERAS) -> dict[str, Any]:
+    """Model inputs; the instruction is padded on the right, as lerobot's tokenizer step does."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = {
+        f"observation.images.{name}": torch.rand(rows, 3, 64, 64, generator=generator)
+        for name in CAMERAS
+    }
+    words = torch.randint(6, 20, (rows, 9), generator=generator)
+    mask = torch.ones(rows, 9, dtype=torch.bool)
+    mask[:, 7:] = False
+    return {key: pictures[key] for key in KEYS if key.rsplit(".", 1)[1] in cameras} | {
+        "observation.state": torch.randn(rows, STATE, generator=generator),
+        "observation.language.tokens": words * mask,
+        "observation.language.attention_mask": mask,
+    }
+
+
+def noise(rows: int = 1) -> Tensor:
+    return torch.randn(rows, CHUNK, 8, generator=torch.Generator().manual_seed(2))
+
+
+@contextmanager
+def watched(policy: Any) -> Iterator[list[tuple[Tensor, list[int]]]]:
+    """(velocity, cache lengths) after each flow step inside the block."""
+    seen: list[tuple[Tensor, list[int]]] = []
+    step = policy.model.denoise_step
+
+    def denoise_step(*args: Any, **kwargs: Any) -> Tensor:
+        velocity: Tensor = step(*args, **kwargs)
+        layers = kwargs["past_key_values"].layers
+        seen.append((velocity.detach().clone(), [layer.get_seq_length() for layer in layers]))
+        return velocity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vars(policy.model), "denoise_step", denoise_step)
+        yield seen
+
+
+class Truth:
+    """A run at full length in which the dropped places are hidden from a layer on.
+
+    hidden: by layer, long places of the prefix that no other token may look at from there on.
+    prefix, expert: attention of each layer, float32 [h, rows, keys], one row of a batch; of the
+    expert the mean over flow steps. Fill them by running the policy inside the block.
+    """
+
+    def __init__(self, policy: Any, hidden: dict[int, Tensor] | None = None) -> None:
+        self.policy = policy
+        self.hidden = hidden or {}
+        self.prefix: list[Tensor] = []
+        self.steps: list[list[Tensor]] = []
+
+    @property
+    def expert(self) -> list[Tensor]:
+        """By layer, over the prefix alone: [rows, places]."""
+        length = self.prefix[0].shape[-1]
+        rows = [[w.mean(0)[:, :length] for w in step] for step in self.steps]
+        return [torch.stack(layer).mean(0) for layer in zip(*rows, strict=True)]
+
+    def hide(self, layer: int, visible: Tensor, prefill: bool) -> Tensor:
+        """visible: bool [b, rows, keys] -> the same without what is hidden at this layer."""
+        visible = visible.clone()
+        for first, places in self.hidden.items():
+            if layer >= first:
+                own = visible[:, places, places].clone() if prefill else None
+                visible[:, :, places] = False
+                if own is not None:
+                    visible[:, places, places] = own
+        return visible
+
+    @contextmanager
+    def running(self) -> Iterator[Truth]:
+        with _HIDING[self.policy.config.type](self):
+            yield self
+
+
+@contextmanager
+def _hiding_in_smolvla(truth: Truth) -> Iterator[None]:
+    towers = truth.policy.model.vlm_with_expert
+    attend = towers.eager_attention_forward
+    calls: list[int] = []
+
+    def attention(
+        mask: Tensor, rows: int, width: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        step, layer = divmod(len(calls), towers.num_vlm_layers)
+        calls.append(layer)
+        mask = truth.hide(layer, mask, prefill=step == 0)
+        groups = query.shape[2] // key.shape[2]
+        logits = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(groups, 2))
+        logits = (logits * width**-0.5).masked_fill(~mask[:, None], torch.finfo(torch.float32).min)
+        weights = logits.softmax(-1)[0].detach()
+        if step == 0:
+            truth.prefix.append(weights)
+        elif layer == 0:
+            truth.steps.append([weights])
+        else:
+            truth.steps[-1].append(weights)
+        output: Tensor = attend(mask, rows, width, query, key, value)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vars(towers), "eager_attention_forward", attention)
+        yield
+
+
+_HIDING: dict[str, Callable[[Truth], Any]] = {"smolvla": _hiding_in_smolvla}
