@@ -7,9 +7,13 @@ arguments alone, not on the number of processes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -41,7 +45,8 @@ class Collection:
     """n frames of e episodes, episode after episode, in the order of the tasks.
 
     images: uint8 [n, cameras, height, width, 3], memory-mapped. state: float32 [n, s]. action:
-    float32 [n, a]. starts: int64 [e + 1], the first row of each episode and n. task, instruction:
+    float32 [n, a]. pixels: float32 [n, cameras, things, 2], where the environment's landmarks are
+    in the images. starts: int64 [e + 1], the first row of each episode and n. task, instruction:
     int64 [e], positions in `tasks` and `instructions`. dt_s: between frames. dropped: task ->
     attempts of the expert that failed.
     """
@@ -49,6 +54,7 @@ class Collection:
     images: NDArray[np.uint8]
     state: NDArray[np.float32]
     action: NDArray[np.float32]
+    pixels: NDArray[np.float32]
     starts: NDArray[np.int64]
     task: NDArray[np.int64]
     instruction: NDArray[np.int64]
@@ -174,22 +180,15 @@ def _record(
     n, (height, width) = int(starts[-1]), next(iter(spec.cameras.values()))
     shape = (n, len(spec.cameras), height, width, 3)
     np.lib.format.open_memmap(out / IMAGES, "w+", np.uint8, shape).flush()  # type: ignore[no-untyped-call]
-    state = np.empty((n, spec.state_size), np.float32)
-    action = np.empty((n, spec.action_size), np.float32)
     episodes = [(f.task, seed) for f in found for seed in f.seeds]
-    written = run(
-        _write, repeat(out / IMAGES), *zip(*episodes, strict=True), starts.tolist(), repeat(noise)
-    )
-    said = []
-    for i, (instruction, states, actions) in enumerate(written):
-        state[starts[i] : starts[i + 1]] = states
-        action[starts[i] : starts[i + 1]] = actions
-        said.append(instruction)
+    places = [out / IMAGES] * len(episodes), starts[:-1].tolist()
+    written = list(run(_write, *zip(*episodes, strict=True), *places, repeat(noise)))
+    said = [instruction for instruction, _ in written]
+    rows = {name: np.concatenate([r[name] for _, r in written]) for name in written[0][1]}
     instructions = sorted(set(said))
     np.savez(
         out / ROWS,
-        state=state,
-        action=action,
+        **rows,
         starts=starts,
         task=np.repeat(np.arange(len(found)), [len(f.seeds) for f in found]),
         instruction=np.array([instructions.index(s) for s in said]),
@@ -242,16 +241,38 @@ def _length(task: str, seed: int, noise: Noise) -> int:
 
 
 def _write(
-    path: Path, task: str, seed: int, start: int, noise: Noise
-) -> tuple[str, NDArray[np.float32], NDArray[np.float32]]:
-    """Put the episode's pictures into the file; returns the rest."""
+    task: str, seed: int, path: Path, start: int, noise: Noise
+) -> tuple[str, dict[str, NDArray[np.float32]]]:
+    """Put the episode's pictures into the file; returns the instruction and the rest by name."""
     episode = demonstrate(_held_env(task), seed, noise)
     if episode is None:
         raise SimulatorError(f"{task} with seed {seed} succeeded once and then failed.")
     np.load(path, mmap_mode="r+")[start : start + len(episode)] = episode.images
-    return episode.instruction, episode.state, episode.action
+    rows = {"state": episode.state, "action": episode.action, "pixels": episode.pixels}
+    return episode.instruction, rows
 
 
 def _ignore_interrupts() -> None:
     """Ctrl-C is the parent's business; it ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sims.collect", description=__doc__)
+    parser.add_argument("tasks", nargs="+", help="names of environments, such as metaworld:reach")
+    parser.add_argument("--episodes", type=int, default=120, help="of each task")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    given = parser.parse_args()
+    began = time.perf_counter()
+    got = collect(given.tasks, given.episodes, given.processes, given.seed, given.out)
+    took_s = time.perf_counter() - began
+    sys.stdout.write(
+        f"{len(got.state)} frames of {len(got.task)} episodes in {took_s:.1f} s with "
+        f"{given.processes} processes; attempts that failed: {got.dropped}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -43,13 +43,15 @@ class Episode:
     """What was seen and wanted at each of n steps.
 
     images: uint8 [n, cameras, height, width, 3] in the order of the spec's cameras. state: float32
-    [n, s]. action: float32 [n, a], the expert's clean ones.
+    [n, s]. action: float32 [n, a], the expert's clean ones. pixels: float32 [n, cameras, things,
+    2], the environment's landmarks.
     """
 
     instruction: str
     images: NDArray[np.uint8]
     state: NDArray[np.float32]
     action: NDArray[np.float32]
+    pixels: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.action)
@@ -87,9 +89,11 @@ def demonstrate(env: Environment, seed: int, noise: Noise = CLEAN) -> Episode | 
     """The expert's episode of this seed with pictures; None if the expert fails."""
     seen: list[Observation] = []
     actions: list[NDArray[np.float32]] = []
+    pixels: list[NDArray[np.float32]] = []
 
     def look(action: NDArray[np.float32]) -> None:
         seen.append(env.observe())
+        pixels.append(env.landmarks())
         actions.append(action)
 
     if not follow(env, seed, noise, look):
@@ -100,4 +104,5 @@ def demonstrate(env: Environment, seed: int, noise: Noise = CLEAN) -> Episode | 
         np.array([[o.images[camera] for camera in cameras] for o in seen], dtype=np.uint8),
         np.array([o.state for o in seen]),
         np.array(actions),
+        np.array(pixels),
     )

@@ -67,6 +67,7 @@ def test_a_collection_holds_what_was_demonstrated(collection: Collection) -> Non
             np.testing.assert_array_equal(collection.images[rows], episode.images)
             np.testing.assert_array_equal(collection.state[rows], episode.state)
             np.testing.assert_array_equal(collection.action[rows], episode.action)
+            np.testing.assert_array_equal(collection.pixels[rows], episode.pixels)
             assert collection.instructions[collection.instruction[5]] == episode.instruction
     loaded = Collection.load(Path(str(collection.images.filename)).parent)
     np.testing.assert_array_equal(loaded.action, collection.action)
