@@ -86,3 +86,17 @@ def bench_decode(
     from ..commands import bench as command
 
     command.decode(video, frames, as_json)
+
+
+@bench_app.command("controller")
+def bench_controller(
+    card: Annotated[Path | None, typer.Option(help="Of `foveate calibrate`.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(help="From picture to actions.")] = None,
+    ticks: Annotated[int, typer.Option(help="Ticks a world.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of worlds and times.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """The deadline controller in synthetic worlds: drift, bursts, a stuck camera."""
+    from ..commands import bench_controller as command
+
+    command.controller(card, budget_ms, ticks, seed, as_json)

@@ -63,3 +63,31 @@ def drive(
     )
     settings = load(config, DriveSettings, options)
     command.drive(environment, settings, disturb, record, rerun, video, dataset, as_json)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The card: .json.")],
+    model: Model = None,
+    reducer: Method = None,
+    buckets: Annotated[str | None, typer.Option(help="Token counts by comma.")] = None,
+    environment: Annotated[
+        str, typer.Option(help="Whose pictures are measured with.")
+    ] = "metaworld:drawer-open",
+    repeats: Annotated[int, typer.Option(help="Samples a bucket.")] = 200,
+    warmup: Annotated[int, typer.Option(help="Rounds before the first sample.")] = 20,
+    seed: Annotated[int | None, typer.Option(help="Of the order of measurement.")] = None,
+    device: Device = None,
+    config: ConfigFile = CONFIGS / "drive" / "default.yaml",
+    override: Override = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how long each stage of a robot policy takes here, by token bucket."""
+    from stream.config import load
+
+    from ..commands import calibrate as command
+    from ..settings import DriveSettings
+
+    options = overrides(override, model=model, reducer=reducer, seed=seed, device=device)
+    settings = load(config, DriveSettings, options)
+    command.calibrate(settings, environment, out, buckets, repeats, warmup, as_json)

@@ -16,10 +16,47 @@ from numpy.typing import NDArray
 
 from .baselines import FixedController
 from .decision import Controller, Outcome, Rung, Situation
-from .latency_card import LEVELS, LatencyCard
+from .latency_card import LEVELS, LatencyCard, StageTiming
 from .latency_model import Stages
 
 Floats = NDArray[np.float64]
+
+BUCKETS = (32, 64, 128, 256, 512)
+AFFINE_MS = {
+    "encode": (12.0, 0.0),
+    "reduce": (0.4, 0.0),
+    "prefill": (6.0, 0.06),
+    "flow_step": (1.5, 0.002),
+    "action_head": (0.5, 0.0),
+}
+"""A made-up device: milliseconds at no tokens, and for each token."""
+
+
+def affine_card(
+    spread: float = 0.05, count: int = 400, device: str = "test device", seed: int = 0
+) -> LatencyCard:
+    """The card of a device that nobody owns; spread: standard deviation of the log of a sample."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        StageTiming.of(
+            stage,
+            bucket,
+            ((base + slope * bucket) * np.exp(spread * rng.normal(size=count))).tolist(),
+        )
+        for stage, (base, slope) in AFFINE_MS.items()
+        for bucket in BUCKETS
+    ]
+    return LatencyCard(
+        model="toy-vla",
+        device=device,
+        threads=2,
+        dtype="float32",
+        date="2026-11-22",
+        shapes={"visual_tokens": (512,), "image": (128, 128, 3)},
+        warmup=20,
+        seed=seed,
+        timings=tuple(rows),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +201,7 @@ def simulate[S](bench: Bench, world: World, name: str, controller: Controller[S]
         blind_rate=blind / world.ticks,
         mean_tokens=sum(tokens) / max(1, len(tokens)),
         turns=_turns(tokens),
-        rungs=rungs,
+        rungs=dict(rungs),
     )
 
 
