@@ -19,7 +19,7 @@ from stream.errors import AttachError
 from stream.reducers.base import Reducer
 from stream.signals import Signal
 
-from .fit import check_fit
+from .fit import check_fit, misfit
 from .hooks import INSIDE
 from .probes import Attention, probing
 
@@ -119,6 +119,11 @@ class VideoAdapter(ABC):
     def frames_per_token(self) -> int:
         """Consecutive frames that one row of the patch grid covers."""
         return 1
+
+    @classmethod
+    def fits(cls, reducer: Reducer) -> bool:
+        """Whether models of this family give all that a reducer needs."""
+        return not misfit(reducer, cls.provides, cls.provides_inside)
 
     def check_fit(self, reducer: Reducer) -> None:
         """Raise AttachError if a stage needs a signal that this model does not give there."""

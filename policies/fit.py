@@ -8,21 +8,36 @@ from stream.registry import build_reducer, reducer_names
 from stream.signals import Signal
 
 
-def check_fit(
-    model: str, reducer: Reducer, before: frozenset[Signal], inside: frozenset[Signal]
-) -> None:
-    """Raise AttachError if a stage needs a signal that the model does not give where it acts.
+def misfit(
+    reducer: Reducer, before: frozenset[Signal], inside: frozenset[Signal], reuses: bool = False
+) -> str:
+    """What a model lacks for a reducer, "" if nothing.
 
-    before, inside: what there is for stages before the language model and inside it.
+    before, inside: signals for stages before the language model and inside it. reuses: whether
+    the model keeps keys and values from tick to tick.
     """
+    lacks = {
+        f"{signal} {'inside' if stage.site.in_llm else 'before'} the language model"
+        for stage in reducer.stages
+        for signal in stage.needs - (inside if stage.site.in_llm else before)
+    }
+    if not reuses and any(stage.reuses for stage in reducer.stages):
+        lacks.add("keys and values of the tick before")
+    return ", ".join(sorted(lacks))
 
-    def missing(candidate: Reducer) -> frozenset[Signal]:
-        lacks = (s.needs - (inside if s.site.in_llm else before) for s in candidate.stages)
-        return frozenset().union(*lacks)
 
-    if lacking := missing(reducer):
-        fitting = [n for n in reducer_names() if not missing(build_reducer(n))]
+def check_fit(
+    model: str,
+    reducer: Reducer,
+    before: frozenset[Signal],
+    inside: frozenset[Signal],
+    reuses: bool = False,
+) -> None:
+    """Raise AttachError, with the reducers that do fit, if `misfit` finds something."""
+    if lacking := misfit(reducer, before, inside, reuses):
+        given = (before, inside, reuses)
+        fitting = [n for n in reducer_names() if not misfit(build_reducer(n), *given)]
         raise AttachError(
-            f"{model} cannot give {', '.join(sorted(lacking))} where {type(reducer).__name__} "
-            f"needs it; reducers that fit: {', '.join(fitting)}."
+            f"{model} cannot give {lacking}, which {type(reducer).__name__} needs; "
+            f"reducers that fit: {', '.join(fitting)}."
         )

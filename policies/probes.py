@@ -89,8 +89,7 @@ def _probed(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        probes = _requests.get(module)
-        if probes:
+        if probes := _requests.get(module):
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             causal = kwargs.get("is_causal")
             if causal is None:
@@ -130,4 +129,6 @@ def probing(model: PreTrainedModel, requests: dict[nn.Module, Probe]) -> Iterato
     finally:
         for module, probe in requests.items():
             _requests[module].remove(probe)
+            if not _requests[module]:
+                del _requests[module]
         model.set_attn_implementation(before)

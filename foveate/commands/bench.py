@@ -27,6 +27,7 @@ def quality(
     as_json: bool,
 ) -> None:
     """Run what is not done yet, then print the table and write it beside the pieces."""
+    from policies.adapter import VideoAdapter
     from policies.video.tiny import dataset
     from policies.video.tiny.world import Split
     from stream.config import content_hash, dump
@@ -36,10 +37,12 @@ def quality(
     from .. import quality as engine
     from ..settings import reducer_of, variants
 
-    methods = sorted({*reducer_names(), *variants()}) if reducers == "all" else reducers.split(",")
+    every = reducers == "all"
+    methods = sorted({*reducer_names(), *variants()}) if every else reducers.split(",")
     methods = [m.strip().replace("-", "_") for m in methods]
-    for method in methods:
-        reducer_of(method, overrides)
+    built = {method: reducer_of(method, overrides) for method in methods}
+    if every:
+        methods = [m for m in methods if VideoAdapter.fits(built[m])]
     ratios = [float(r) for r in retain.split(",")]
     config = engine.QualityConfig(
         model=model,

@@ -55,13 +55,15 @@ INPUT = Site()
 class Reducer(BaseModel, ABC):
     """Decides which visual tokens leave a stage. Frozen and stateless: fields are settings.
 
-    Class attributes: `needs`, the signals `plan` may read; `source`, the publication.
+    Class attributes: `needs`, the signals `plan` may read; `source`, the publication; `reuses`,
+    True if tokens that a plan drops stay in the model with the keys and values of the tick before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
     source: ClassVar[str] = ""
+    reuses: ClassVar[bool] = False
 
     @classmethod
     def build(cls, **settings: Any) -> Self:

@@ -220,7 +220,9 @@ def test_a_signal_the_model_cannot_give_names_the_reducers_that_fit(
 ) -> None:
     model = build("llava_onevision")
     monkeypatch.setattr("policies.video.llava_onevision.Adapter.provides", frozenset())
-    with pytest.raises(AttachError, match="cannot give saliency where Saliency needs") as caught:
+    with pytest.raises(
+        AttachError, match="cannot give saliency before the language model"
+    ) as caught:
         attach(model, "saliency", retain=0.5)
     fitting = str(caught.value).split("reducers that fit: ")[1]
     assert "fastv" in fitting
@@ -237,10 +239,12 @@ def test_signals_are_given_where_they_arise() -> None:
         def site(self) -> Site:
             return Site(2)
 
-    with pytest.raises(AttachError, match="cannot give text_rows where VLAPruner needs it"):
+    with pytest.raises(AttachError, match="text_rows before the language model, which VLAPr"):
         attach(model, "vla_pruner", retain=0.5, layer=None)
-    with pytest.raises(AttachError, match="cannot give saliency where TooDeep needs it"):
+    with pytest.raises(AttachError, match="saliency inside the language model, which TooDeep"):
         attach(model, TooDeep(), retain=0.5)
+    with pytest.raises(AttachError, match="cannot give keys and values of the tick before"):
+        attach(model, "vla_cache", retain=0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
