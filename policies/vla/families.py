@@ -9,7 +9,11 @@ from stream.errors import AttachError
 
 from .flow_family import FlowFamily
 
-FAMILIES = {"smolvla": "policies.vla.smolvla"}
+FAMILIES = {
+    "smolvla": "policies.vla.smolvla",
+    "pi0": "policies.vla.pi0",
+    "pi05": "policies.vla.pi05",
+}
 """Type of a lerobot policy -> module with a class `Family`."""
 
 

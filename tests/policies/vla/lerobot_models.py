@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,7 +135,54 @@ def smolvla(**settings: Any) -> Any:
     return SmolVLAPolicy(config).eval()
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {"smolvla": smolvla}
+def _pi(kind: str, **settings: Any) -> Any:
+    """pi0 or pi05 by its own constructor, with thin towers in place of the fixed wide ones."""
+    modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    configs = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
+    paligemma = modeling.PaliGemmaForConditionalGenerationWithPiGemma
+    gemma = modeling.PiGemmaForCausalLM
+    name = {"pi0": "PI0", "pi05": "PI05"}[kind]
+
+    def tower(variant: str) -> Any:
+        width = {"gemma_2b": 64, "gemma_300m": 32}[variant]
+        return modeling.GemmaConfig(width, 6, 96, num_heads=4, num_kv_heads=1, head_dim=16)
+
+    def thin_paligemma(config: Any) -> Any:
+        config.text_config.vocab_size = 128
+        vision = config.vision_config
+        vision.hidden_size, vision.intermediate_size, vision.projection_dim = 32, 48, 64
+        vision.num_hidden_layers, vision.num_attention_heads = 1, 2
+        return paligemma(config=config)
+
+    def thin_gemma(config: Any) -> Any:
+        config.vocab_size = 128
+        return gemma(config=config)
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "get_gemma_config", tower)
+        patch.setattr(modeling, "PaliGemmaForConditionalGenerationWithPiGemma", thin_paligemma)
+        patch.setattr(modeling, "PiGemmaForCausalLM", thin_gemma)
+        config = getattr(configs, f"{name}Config")(
+            **features(), num_inference_steps=STEPS, image_resolution=(56, 56), **settings
+        )
+        policy = getattr(modeling, f"{name}Policy")(config).eval()
+    for module in policy.modules():
+        if getattr(module, "cond_dim", None):
+            torch.nn.init.normal_(module.dense.weight, std=0.2)
+            torch.nn.init.normal_(module.dense.bias, std=0.5)
+    return policy
+
+
+def pi0(**settings: Any) -> Any:
+    return _pi("pi0", **settings)
+
+
+def pi05(**settings: Any) -> Any:
+    return _pi("pi05", **settings)
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {"smolvla": smolvla, "pi0": pi0, "pi05": pi05}
 
 
 def batch(rows: int = 1, seed: int = 1, cameras: tuple[str, ...] = CAMERAS) -> dict[str, Any]:
@@ -243,4 +291,48 @@ def _hiding_in_smolvla(truth: Truth) -> Iterator[None]:
         yield
 
 
-_HIDING: dict[str, Callable[[Truth], Any]] = {"smolvla": _hiding_in_smolvla}
+@contextmanager
+def _hiding_in_pi(truth: Truth) -> Iterator[None]:
+    towers = truth.policy.model.paligemma_with_expert
+    prefix, expert = towers.paligemma.model.language_model.layers, towers.gemma_expert.model.layers
+
+    def hide(layer: int, prefill: bool) -> Any:
+        def pre(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            visible = truth.hide(layer, kwargs["attention_mask"][:, 0] == 0, prefill)
+            mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
+            return args, kwargs | {"attention_mask": mask}
+
+        return pre
+
+    def note(layer: int, prefill: bool) -> Any:
+        def post(module: Any, args: Any, output: Any) -> None:
+            weights = output[1][0].detach()
+            if prefill:
+                truth.prefix.append(weights)
+            elif layer == 0:
+                truth.steps.append([weights])
+            else:
+                truth.steps[-1].append(weights)
+
+        return post
+
+    hooks = []
+    for tower, prefill in ((prefix, True), (expert, False)):
+        for layer, block in enumerate(tower):
+            own = block.self_attn
+            hooks += [
+                own.register_forward_pre_hook(hide(layer, prefill), with_kwargs=True),
+                own.register_forward_hook(note(layer, prefill)),
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_HIDING: dict[str, Callable[[Truth], Any]] = {
+    "smolvla": _hiding_in_smolvla,
+    "pi0": _hiding_in_pi,
+    "pi05": _hiding_in_pi,
+}
