@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from foveate.commands.watch import WatchConfig
 from foveate.settings import CONFIGS, AskConfig, DriveSettings, reducer_of, variants
 from stream.config import load
+from stream.live.engine import StreamEngine
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ask").glob("*.yaml")), ids=lambda p: p.name)
@@ -23,6 +25,12 @@ def test_drive_configs_are_the_defaults_spelled_out(path: Path) -> None:
     assert config == DriveSettings()
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "watch").glob("*.yaml")))
+def test_watch_configs_load_and_fit_a_stream(path: Path) -> None:
+    config = load(path, WatchConfig)
+    StreamEngine("x", config.stream, reducer_of(config.reducer, **config.settings))
+
+
 @pytest.mark.parametrize("name", variants())
 def test_reducer_variants_build(name: str) -> None:
     assert reducer_of(name).stages
@@ -30,4 +38,4 @@ def test_reducer_variants_build(name: str) -> None:
 
 def test_every_config_belongs_to_a_tested_kind() -> None:
     kinds = {p.parent.name for p in CONFIGS.rglob("*.yaml")}
-    assert kinds <= {"ask", "batch", "drive", "reducers"}
+    assert kinds <= {"ask", "batch", "drive", "reducers", "watch"}
