@@ -55,25 +55,46 @@ def timing_of(settings: DriveSettings, policy: VLAPolicy, observation: Observati
 
     Raises ConfigError for anything but wall, card:FILE and ms:TIME.
     """
-    from sims.calibration import Measure, device_name, fitted
-    from sims.clock import CardTime, WallTime, check_card, stated_card
-    from stream.budgets.latency_card import LatencyCard
-    from stream.errors import ConfigError
+    from sims.calibration import Measure, fitted
+    from sims.clock import CardTime, WallTime
 
-    kind, _, what = settings.time.partition(":")
-    tokens, device = policy.spec.grid.size, device_name(policy.device)
+    label = time_label(settings)
     if settings.time == "wall":
         card, note = own_card(settings, policy, observation)
         measure = Measure(policy, observation)
         for bucket in card.buckets * WARM_UP:
             measure(bucket)
-        return Timing(card, WallTime(policy.device, f"wall clock, {device}"), note)
+        return Timing(card, WallTime(policy.device, label), note)
+    card = fitted(_given_card(settings, policy.spec.grid.size), policy.spec.grid.size)
+    return Timing(card, CardTime(card, label), settings.time)
+
+
+def time_label(settings: DriveSettings) -> str:
+    """Whose times these are, in words; a card of another device is a latency transplant."""
+    import torch
+
+    from sims.calibration import device_name
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_name(torch.device(settings.device or default))
+    if settings.time == "wall":
+        return f"wall clock, {device}"
+    if settings.time.startswith("ms:"):
+        return f"stated: {settings.time[3:]} ms"
+    return _given_card(settings, 1).label(device)
+
+
+def _given_card(settings: DriveSettings, tokens: int) -> LatencyCard:
+    """The card of a file or of stated times; tokens: the bucket of a single stated time."""
+    from sims.clock import check_card, stated_card
+    from stream.budgets.latency_card import LatencyCard
+    from stream.errors import ConfigError
+
+    kind, _, what = settings.time.partition(":")
     if kind == "card" and what:
-        card = fitted(check_card(LatencyCard.load(what), what), tokens)
-        return Timing(card, CardTime(card, card.label(device)), f"latency card {what}")
+        return check_card(LatencyCard.load(what), what)
     if kind == "ms" and what:
-        card = stated_card(what, tokens)
-        return Timing(card, CardTime(card, f"stated: {what} ms"), "stated times")
+        return stated_card(what, tokens)
     raise ConfigError(
         f"The time {settings.time!r} is none of wall, card:FILE, ms:60, ms:64=30,512=90."
     )

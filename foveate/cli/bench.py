@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..settings import CONFIGS
 from .apps import bench_app
-from .options import Json
+from .options import ConfigFile, Device, Json, Method, Model, Override, overrides
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -100,3 +101,57 @@ def bench_controller(
     from ..commands import bench_controller as command
 
     command.controller(card, budget_ms, ticks, seed, as_json)
+
+
+@bench_app.command("control")
+def bench_control(
+    files: Annotated[list[Path] | None, typer.Argument(help="Files of result lines.")] = None,
+    play: Annotated[
+        Path | None, typer.Option(help="Play episodes into this file; it goes on where it was.")
+    ] = None,
+    arms: Annotated[
+        str, typer.Option(help="METHOD@SHARE, METHOD@deadline, oracle, blank; by comma.")
+    ] = "vla_pruner@deadline,vla_pruner@1,vla_pruner@0.0625,oracle,blank",
+    tasks: Annotated[str, typer.Option(help="Environments by comma.")] = (
+        "metaworld:reach-moving,metaworld:reach-jump,metaworld:push-conveyor"
+    ),
+    budgets: Annotated[str, typer.Option(help="Milliseconds by comma; none: it waits.")] = "",
+    episodes: Annotated[int, typer.Option(help="Of each task; the same seeds for all.")] = 20,
+    baseline: Annotated[
+        str | None, typer.Option(help="METHOD, METHOD@SHARE or METHOD@deadline.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Sum up these tasks alone.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture: .png.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 1,
+    model: Model = None,
+    reducer: Method = None,
+    time: Annotated[str | None, typer.Option(help="wall, card:FILE or ms:60.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first episode.")] = None,
+    device: Device = None,
+    config: ConfigFile = CONFIGS / "drive" / "default.yaml",
+    override: Override = None,
+    as_json: Json = False,
+) -> None:
+    """Success against kept tokens in a world that waits, and against milliseconds in one that
+    does not."""
+    from stream.config import load
+
+    from ..commands import bench_control as command
+    from ..settings import DriveSettings
+
+    options = overrides(override, model=model, reducer=reducer, time=time, seed=seed, device=device)
+    settings = load(config, DriveSettings, options)
+    command.control(
+        files or [],
+        play,
+        arms,
+        tasks,
+        budgets,
+        episodes,
+        settings,
+        workers,
+        baseline,
+        only,
+        plot,
+        as_json,
+    )
