@@ -41,3 +41,16 @@ def halving_weights(slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rank = torch.empty_like(slot)
     rank[order] = torch.arange(slot.numel(), device=slot.device) - first[slot[order]]
     return torch.exp2(-(count[slot] - rank).float()), torch.exp2(-count.float())
+
+
+def entries_by_frame(kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(anchor, row, col, weight) of a plan that merges inside frames.
+
+    kept: bool [t, p], tokens that lend their place to a row; weight: float [t, p, p], what each
+    of them takes from each token of its frame (other rows are not read).
+    """
+    frames, patches = kept.shape
+    anchor = kept.flatten().nonzero().squeeze(-1)
+    row_at = (kept.flatten().cumsum(0) - 1).view(frames, patches)
+    frame, to, taken = ((weight != 0) & kept[..., None]).nonzero(as_tuple=True)
+    return anchor, row_at[frame, to], frame * patches + taken, weight[frame, to, taken]

@@ -101,7 +101,7 @@ def test_the_registry_finds_classes_by_file_and_helps_with_names() -> None:
     }
     assert "base" not in reducer_names()
     assert reducer_class("inner-merge") is InnerMerge
-    with pytest.raises(ConfigError, match=r"Unknown reducer 'holitomm'\. Did you mean 'holitom'\?"):
+    with pytest.raises(ConfigError, match=r"Unknown reducer 'holitomm'\. Did you mean 'holitom'"):
         reducer_class("holitomm")
     with pytest.raises(ConfigError, match=r"HoliTom cannot be built: tua: .*Settings: tau, "):
         build_reducer("holitom", tua=0.5)
