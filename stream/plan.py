@@ -149,6 +149,14 @@ class Plan:
         weight.index_add_(0, slot, weight2[outer] * weight1[inner])
         return Plan(anchor, earlier.n, cell // earlier.n, cell % earlier.n, weight)
 
+    def among(self, places: Tensor) -> Plan:
+        """The same rows over the inputs at `places` (long [m]) alone, which hold all it reads."""
+        rank = torch.empty(self.n, dtype=torch.long, device=places.device)
+        rank[places] = torch.arange(places.numel(), device=places.device)
+        if self.row is None or self.col is None:
+            return Plan(rank[self.anchor], places.numel())
+        return Plan(rank[self.anchor], places.numel(), self.row, rank[self.col], self.weight)
+
     def ascending(self) -> Plan:
         """The same rows, ordered by their anchors."""
         order = torch.argsort(self.anchor, stable=True)

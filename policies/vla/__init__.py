@@ -1,1 +1,5 @@
 """Robot policies: what they see is pruned inside a deadline."""
+
+from .loading import load
+
+__all__ = ["load"]

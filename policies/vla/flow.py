@@ -75,6 +75,10 @@ class Inference:
         """For each sequence: what became of the places in the grid of all cameras."""
         return [span.plan for (span,) in self.prefill.rows]
 
+    def anew(self) -> Inference:
+        """The same prefix, as if no flow step had begun."""
+        return Inference(self.request, self.prefill, torch.zeros_like(self.looked))
+
     def attention(self) -> list[Tensor]:
         """For each sequence: what the actions paid to each token left, float32 [k]."""
         alive = self.prefill.alive[max(self.prefill.alive)]
@@ -90,9 +94,11 @@ class FlowPruning:
     Call `expect` before a prefix runs; without it the prefix, and the flow steps over it, run
     untouched. `inference` is then the one that later flow steps belong to; set it to go back to
     an earlier prefix.
+
+    look: watch what the actions look at even if the reducer does not remember it.
     """
 
-    def __init__(self, family: FlowFamily, reducer: Reducer) -> None:
+    def __init__(self, family: FlowFamily, reducer: Reducer, look: bool = False) -> None:
         check_fit(type(family.policy).__name__, reducer, family.provides, family.provides_inside)
         depth = family.depth
         self._family = family
@@ -109,6 +115,8 @@ class FlowPruning:
         self.action_layers = frozenset(
             layer for stage in reducer.stages for layer in stage.action_layers(depth)
         )
+        if look and not self.action_layers:
+            self.action_layers = frozenset(range(depth // 2, depth))
         self.inference: Inference | None = None
         self._request: Request | None = None
         self._stack = ExitStack()

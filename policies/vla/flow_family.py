@@ -151,3 +151,7 @@ class FlowFamily(ABC):
     @abstractmethod
     def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
         """(noisy actions, flow time) -> velocity, over the cache of a prefix."""
+
+    def finished(self, actions: Tensor) -> Tensor:
+        """Actions [b, chunk, a] as the policy's postprocessing expects them."""
+        return actions

@@ -145,7 +145,7 @@ class Family(FlowFamily):
             masks,
             batch[OBS_LANGUAGE_TOKENS],
             batch[OBS_LANGUAGE_ATTENTION_MASK],
-            state=self.policy.prepare_state(batch),
+            state=self.policy.prepare_state(self.policy._prepare_batch(batch)),
         )
         return embeds, padding, blocks
 
@@ -167,6 +167,12 @@ class Family(FlowFamily):
             return v
 
         return velocity
+
+    def finished(self, actions: Tensor) -> Tensor:
+        if self.policy.config.adapt_to_pi_aloha:
+            encoded: Tensor = self.policy._pi_aloha_encode_actions(actions)
+            return encoded
+        return actions
 
 
 def _received(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

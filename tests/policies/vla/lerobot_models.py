@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,13 +136,12 @@ def smolvla(**settings: Any) -> Any:
     return SmolVLAPolicy(config).eval()
 
 
-def _pi(kind: str, **settings: Any) -> Any:
-    """pi0 or pi05 by its own constructor, with thin towers in place of the fixed wide ones."""
+@contextmanager
+def thin_pi(kind: str) -> Iterator[None]:
+    """pi0 and pi05 are built with thin towers in place of the fixed wide ones."""
     modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
-    configs = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
     paligemma = modeling.PaliGemmaForConditionalGenerationWithPiGemma
     gemma = modeling.PiGemmaForCausalLM
-    name = {"pi0": "PI0", "pi05": "PI05"}[kind]
 
     def tower(variant: str) -> Any:
         width = {"gemma_2b": 64, "gemma_300m": 32}[variant]
@@ -158,11 +158,19 @@ def _pi(kind: str, **settings: Any) -> Any:
         config.vocab_size = 128
         return gemma(config=config)
 
-    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "get_gemma_config", tower)
         patch.setattr(modeling, "PaliGemmaForConditionalGenerationWithPiGemma", thin_paligemma)
         patch.setattr(modeling, "PiGemmaForCausalLM", thin_gemma)
+        yield
+
+
+def _pi(kind: str, **settings: Any) -> Any:
+    name = {"pi0": "PI0", "pi05": "PI05"}[kind]
+    configs = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
+    modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    torch.manual_seed(0)
+    with thin_pi(kind):
         config = getattr(configs, f"{name}Config")(
             **features(), num_inference_steps=STEPS, image_resolution=(56, 56), **settings
         )
@@ -183,6 +191,34 @@ def pi05(**settings: Any) -> Any:
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {"smolvla": smolvla, "pi0": pi0, "pi05": pi05}
+
+
+@contextmanager
+def local_tokenizer() -> Iterator[None]:
+    """The processors of pi0 and pi05 ask for a tokenizer of the hub; here they get the tiny one."""
+    module = importlib.import_module("lerobot.processor.tokenizer_processor")
+    with pytest.MonkeyPatch.context() as patch:
+        own = SimpleNamespace(from_pretrained=lambda name: tokenizer())
+        patch.setattr(module, "AutoTokenizer", own)
+        yield
+
+
+def processors(policy: Any) -> tuple[Any, Any]:
+    """lerobot's own, with statistics that change something."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    stats = {
+        key: {
+            "mean": torch.full((size,), 0.25),
+            "std": torch.full((size,), 2.0),
+            "q01": torch.full((size,), -3.0),
+            "q99": torch.full((size,), 4.0),
+        }
+        for key, size in (("observation.state", STATE), ("action", ACTION))
+    }
+    with local_tokenizer():
+        before, after = make_pre_post_processors(policy.config, dataset_stats=stats)
+    return before, after
 
 
 def batch(rows: int = 1, seed: int = 1, cameras: tuple[str, ...] = CAMERAS) -> dict[str, Any]:

@@ -453,7 +453,7 @@ def test_reducers_that_do_not_fit_are_named_with_those_that_do(policy: Any) -> N
         attach(policy, "holitom", budget=10)
     fitting = str(caught.value).split("fit: ")[1]
     for name in reducer_names():
-        assert (name in fitting) == (name not in {"holitom", "saliency"})
+        assert (name in fitting) == (name not in {"holitom", "saliency", "vla_cache"})
 
 
 def test_a_budget_is_given_once(policy: Any) -> None:
