@@ -100,7 +100,8 @@ class VisionTower(nn.Module):
         self.stem = stem(stem_channels) if stem_channels else nn.Identity()
         made: Any = AutoConfig.for_model(config.pop("model_type"), **config)
         make: Any = AutoModel.from_config
-        self.encoder = make(made, attn_implementation="sdpa")
+        encoder = make(made, attn_implementation="sdpa")
+        self.encoder = getattr(encoder, "vision_model", encoder)  # a wrapper in some versions
         self.width: int = made.hidden_size
         self.side: int = made.image_size // made.patch_size
 

@@ -1,0 +1,364 @@
+"""OpenVLA-shaped policies, pruned: batches of episodes, each with a memory of its own.
+
+A camera without a picture is left out. All other tokens stay at the positions they have when every
+camera is there, so leaving it out equals hiding it behind an attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from stream.data import ActionChunk, Budget, Observation, PatchGrid
+from stream.errors import AttachError, ConfigError, ValueShapeError
+from stream.memory import Memory
+from stream.plan import Plan
+from stream.reducers.base import Reducer
+from stream.reducers.identity import Identity
+from stream.reducers.vla_pruner import VLAPruner
+from stream.reducers.vla_pruner import remember as remember_glance
+from stream.signals import Signal, Signals
+
+from ..action_attention import ActionAttention
+from ..fit import check_fit
+from ..hooks import INSIDE, ReductionHooks
+from ..prefill import VideoSpan
+from .base import PolicySpec, Prefix, Scene, VLAPolicy
+from .openvla_model import OpenVLA
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the prefixes of one batch share, and the row of one of them.
+
+    lengths: tokens that each layer of the cache holds. position: long [b, 1], of the first token
+    behind the prefix. mask: bool [b, n] over the unpruned prefix, None without padding.
+    places: long [m], where the tokens of the present cameras stand in the grid of all cameras.
+    """
+
+    cache: DynamicCache
+    lengths: tuple[int, ...]
+    position: Tensor
+    mask: Tensor | None
+    places: Tensor
+    row: int
+
+
+class OpenVLAPolicy(VLAPolicy):
+    """An `OpenVLA` network and the reducer it is pruned by.
+
+    Several policies may share one network. `*_batch` takes episodes of equal budget whose
+    observations have the same cameras; the other methods are batches of one.
+
+    tokenizer: of transformers; it puts BOS first.
+    """
+
+    def __init__(
+        self, model: OpenVLA, tokenizer: Any, reducer: Reducer | None = None, name: str = "openvla"
+    ) -> None:
+        model.train(False)
+        self.model, self.tokenizer = model, tokenizer
+        self.reducer = reducer or Identity()
+        self.device = model.device
+        check_fit(name, self.reducer, frozenset({Signal.TEXT_ROWS}), INSIDE)
+        config = model.config
+        self._spec = PolicySpec(
+            name=name,
+            cameras=tuple(config.cameras),
+            grid=PatchGrid(len(config.cameras), model.side, model.side),
+            chunk=config.chunk,
+            execute=config.execute,
+            action_size=config.action_size,
+            state_size=config.state_size,
+            dt_s=config.dt_s,
+        )
+        layers: Any = model.language_model.layers
+        self._hooks = ReductionHooks(model.language_model, layers, self.reducer.stages, "keep")
+        pruner = self.reducer if isinstance(self.reducer, VLAPruner) else VLAPruner()
+        self._action_layers = pruner.action_layers(len(layers))
+        self._texts: dict[str, Tensor] = {}
+
+        def constant(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+        self._state_mean, self._state_std = constant(config.state_mean), constant(config.state_std)
+        self._low, self._high = constant(config.action_low), constant(config.action_high)
+
+    @property
+    def spec(self) -> PolicySpec:
+        return self._spec
+
+    def pruned_by(self, reducer: Reducer) -> OpenVLAPolicy:
+        """The same network with another reducer."""
+        return OpenVLAPolicy(self.model, self.tokenizer, reducer, self._spec.name)
+
+    def encode(self, observation: Observation) -> Scene:
+        return self.encode_batch([observation])[0]
+
+    def prefill(self, scene: Scene, budget: Budget, memory: Memory, epoch: int = 0) -> Prefix:
+        return self.prefill_batch([scene], budget, [memory], [epoch])[0]
+
+    def act(
+        self, prefix: Prefix, observation: Observation, steps: int | None = None, seed: int = 0
+    ) -> tuple[ActionChunk, Tensor]:
+        chunks, attention = self.act_batch([prefix], [observation], steps)
+        return chunks[0], attention[0]
+
+    @torch.inference_mode()
+    def encode_batch(self, observations: Sequence[Observation]) -> list[Scene]:
+        """`encode` of each, in one pass of the vision encoders."""
+        seen = [
+            [c for c in self._spec.cameras if o.images.get(c) is not None] for o in observations
+        ]
+        for observation, cameras in zip(observations, seen, strict=True):
+            self._check(observation, cameras)
+        pictures = [
+            self._picture(o, c)
+            for o, cameras in zip(observations, seen, strict=True)
+            for c in cameras
+        ]
+        camera = [self._spec.cameras.index(c) for cameras in seen for c in cameras]
+        images = torch.stack(pictures).to(self.device, non_blocking=True)
+        tokens = self.model.see(images, torch.tensor(camera, device=self.device))
+        split = tokens.split([len(cameras) for cameras in seen])
+        return [
+            Scene(
+                x=x.flatten(0, 1),
+                grid=PatchGrid(len(cameras), self.model.side, self.model.side),
+                cameras=tuple(cameras),
+                observation=observation,
+                signals={Signal.TEXT_ROWS: self._relevance(x, observation.instruction)},
+            )
+            for x, cameras, observation in zip(split, seen, observations, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def prefill_batch(
+        self,
+        scenes: Sequence[Scene],
+        budget: Budget,
+        memories: Sequence[Memory],
+        epochs: Sequence[int],
+    ) -> list[Prefix]:
+        """`prefill` of each. The prefixes share a cache and are acted from together, in order."""
+        if len({scene.cameras for scene in scenes}) > 1:
+            raise ValueShapeError(
+                f"The scenes of a batch show {sorted({s.cameras for s in scenes})}; give them the "
+                "same cameras, or prefill them apart."
+            )
+        texts = [self._text(scene.observation.instruction) for scene in scenes]
+        longest = max(len(text) for text in texts)
+        pads = [longest - len(text) for text in texts]
+        places = self._places(scenes[0].cameras)
+        n, everything = places.numel(), self._spec.grid.size
+        rows = torch.stack(
+            [self._row(s.x, t, p) for s, t, p in zip(scenes, texts, pads, strict=True)]
+        )
+        place = torch.arange(1 + n + longest - 1, device=self.device)
+        pad = torch.tensor(pads, device=self.device)[:, None]
+        gaps = torch.cat([places.new_zeros(1), 1 + places, 1 + everything + place[: longest - 1]])
+        position = gaps[(place - pad).clamp_min(0)]
+        mask = place >= pad if any(pads) else None
+        cache = DynamicCache()
+        spans = [
+            [
+                VideoSpan(
+                    slots=torch.arange(p + 1, p + 1 + n, device=self.device),
+                    grid=self._spec.grid,
+                    pts_s=(scene.observation.time_s,) * self._spec.grid.frames,
+                    budget=budget,
+                    plan=Plan.keep(places, everything),
+                    signals=Signals(scene.signals),
+                    memory=memory,
+                )
+            ]
+            for scene, p, memory in zip(scenes, pads, memories, strict=True)
+        ]
+        with self._hooks:
+            self._hooks.expect(spans, text_from=1 + n + min(pads))
+            self.model.decode(rows, cache, position, mask)
+        for memory in memories:
+            memory.tick += 1
+        layers: list[Any] = cache.layers
+        lengths = tuple(layer.get_seq_length() for layer in layers)
+        plans = [_among(row[0].plan, places) for row in self._hooks.rows]
+        return [
+            Prefix(
+                plan=plans[i],
+                grid=scene.grid,
+                cameras=scene.cameras,
+                tokens=plans[i].k,
+                cache=_Held(cache, lengths, position[:, -1:] + 1, mask, places, i),
+                observed_s=scene.observation.time_s,
+                epoch=epochs[i],
+            )
+            for i, scene in enumerate(scenes)
+        ]
+
+    @torch.inference_mode()
+    def act_batch(
+        self,
+        prefixes: Sequence[Prefix],
+        observations: Sequence[Observation],
+        steps: int | None = None,
+    ) -> tuple[list[ActionChunk], Tensor]:
+        """`act` from all prefixes of one `prefill_batch`; attention float32 [b, grid.size]."""
+        if steps not in (None, *self._spec.steps):
+            raise ConfigError(f"steps is {steps}; {self._spec.name} decodes in one pass.")
+        held = self._shared(prefixes)
+        state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
+        state = (state - self._state_mean) / self._state_std if state.numel() else state
+        rows = slice(-self._spec.chunk, None) if self.model.is_parallel else slice(-1, None)
+        try:
+            with self._hooks, ActionAttention(self._hooks, self._action_layers, rows) as looked:
+                actions = self._decode_actions(held, state)
+            attention = torch.stack([row[0][held.places] for row in looked.mean()])
+        finally:
+            layers: list[Any] = held.cache.layers
+            for layer, length in zip(layers, held.lengths, strict=True):
+                layer.crop(length)
+        actions = (actions + 1) / 2 * (self._high - self._low) + self._low
+        chunks = [
+            ActionChunk(chunk, prefix.observed_s)
+            for chunk, prefix in zip(actions.float().cpu().numpy(), prefixes, strict=True)
+        ]
+        return chunks, attention
+
+    def remember(self, prefix: Prefix, attention: Tensor, memory: Memory) -> None:
+        alive = prefix.plan.anchor
+        remember_glance(
+            memory,
+            attention[alive],
+            prefix.cache.places[alive],
+            self._spec.grid,
+            time_s=prefix.observed_s,
+            epoch=prefix.epoch,
+        )
+
+    def _decode_actions(self, held: _Held, state: Tensor) -> Tensor:
+        """Normalised actions [b, chunk, a]."""
+        model, batch = self.model, len(state)
+        first = torch.cat([model.state_row(state), model.query_rows(batch)], dim=1)
+        hidden = self._behind(held, first, 0)
+        if model.is_parallel:
+            chunk: Tensor = model.action_head(hidden[:, model.state_rows :])
+            return chunk.float()
+        bins: list[Tensor] = []
+        while True:
+            bins.append(model.action_head(hidden[:, -1]).argmax(-1))
+            if len(bins) == self._spec.chunk * self._spec.action_size:
+                break
+            row = model.bin_rows(bins[-1])[:, None]
+            hidden = self._behind(held, row, first.shape[1] + len(bins) - 1)
+        return model.from_bins(torch.stack(bins, dim=1)).view(batch, self._spec.chunk, -1)
+
+    def _behind(self, held: _Held, rows: Tensor, after: int) -> Tensor:
+        """Decode rows that stand `after` tokens behind the prefix."""
+        new = rows.shape[1]
+        position = held.position + torch.arange(after, after + new, device=self.device)
+        mask = held.mask
+        if mask is not None:
+            mask = F.pad(mask, (0, after + new), value=True)
+        return self.model.decode(rows, held.cache, position, mask)
+
+    def _check(self, observation: Observation, cameras: Sequence[str]) -> None:
+        if not cameras:
+            raise ValueShapeError(
+                f"No camera gave a picture; {self._spec.name} needs at least one of "
+                f"{', '.join(self._spec.cameras)}. Hold the robot until one is back."
+            )
+        size = self._spec.state_size
+        if size and observation.state.shape != (size,):
+            raise ValueShapeError(
+                f"Observation.state has {observation.state.size} numbers, {self._spec.name} was "
+                f"trained on {size}."
+            )
+
+    def _picture(self, observation: Observation, camera: str) -> Tensor:
+        """float32 or uint8 [px, px, 3] on the host."""
+        image = observation.images[camera]
+        assert image is not None
+        picture, px = torch.from_numpy(image), self.model.config.image_px
+        if image.shape[:2] == (px, px):
+            return picture
+        planes = picture.permute(2, 0, 1)[None].float()
+        planes = F.interpolate(planes, (px, px), mode="bilinear", antialias=True)
+        return planes[0].permute(1, 2, 0).round().byte()
+
+    def _text(self, instruction: str) -> Tensor:
+        """Ids of the prompt, long [t], BOS first; on the device, kept for the next step."""
+        if instruction not in self._texts:
+            prompt = self.model.config.prompt.format(instruction=instruction)
+            ids = self.tokenizer(prompt).input_ids
+            self._texts[instruction] = torch.tensor(ids, device=self.device)
+        return self._texts[instruction]
+
+    def _relevance(self, x: Tensor, instruction: str) -> Tensor:
+        """float32 [cameras * p]: where the words point, a sum of 1 shared alike by the cameras.
+
+        x: [cameras, p, d].
+        """
+        words = self.model.words(self._text(instruction)[1:])[None].expand(len(x), -1, -1)
+        weight = torch.ones(words.shape[:2], dtype=words.dtype, device=self.device)
+        share = self.model.point(x, words, weight).softmax(1).mean(-1)
+        return (share / len(x)).flatten()
+
+    def _row(self, visual: Tensor, text: Tensor, pads: int) -> Tensor:
+        """[pads + 1 + n + t, d]: padding, BOS, visual tokens and words of one sequence."""
+        words = self.model.words(text)
+        return F.pad(torch.cat([words[:1], visual.to(words.dtype), words[1:]]), (0, 0, pads, 0))
+
+    def _places(self, cameras: Sequence[str]) -> Tensor:
+        """Where the tokens of these cameras stand among those of all cameras, long."""
+        per_camera = self._spec.grid.per_frame
+        first = [self._spec.cameras.index(camera) * per_camera for camera in cameras]
+        within = torch.arange(per_camera, device=self.device)
+        return (torch.tensor(first, device=self.device)[:, None] + within).flatten()
+
+    def _shared(self, prefixes: Sequence[Prefix]) -> _Held:
+        held: list[_Held] = [prefix.cache for prefix in prefixes]
+        whole = list(range(len(held[0].position)))
+        if [h.row for h in held] != whole or any(h.cache is not held[0].cache for h in held):
+            raise AttachError(
+                "These are not the prefixes of one `prefill_batch`, all and in order; act from "
+                "those together."
+            )
+        return held[0]
+
+
+def _among(plan: Plan, places: Tensor) -> Plan:
+    """A plan over all cameras' tokens as one over those at `places`, which hold all it reads."""
+    if places.numel() == plan.n:
+        return plan
+    rank = torch.empty(plan.n, dtype=torch.long, device=places.device)
+    rank[places] = torch.arange(places.numel(), device=places.device)
+    if plan.is_gather:
+        return Plan.keep(rank[plan.anchor], places.numel())
+    row, col, weight = plan.entries()
+    return Plan.merge(rank[plan.anchor], row, rank[col], weight, places.numel())
+
+
+def load(folder: str | Path, device: str | None = None, name: str | None = None) -> OpenVLAPolicy:
+    """A policy from a folder written by `save_pretrained` of the network and of its tokenizer.
+
+    device: default is CUDA where there is one; float32 on a CPU, bfloat16 on a GPU. Raises
+    AttachError for a folder without such a policy.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        model: Any = OpenVLA.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise AttachError(
+            f"There is no OpenVLA-shaped policy in {folder}: {str(error).splitlines()[0]}"
+        ) from error
+    return OpenVLAPolicy(model.to(device), tokenizer, name=name or Path(folder).name)
