@@ -91,3 +91,33 @@ def calibrate(
     options = overrides(override, model=model, reducer=reducer, seed=seed, device=device)
     settings = load(config, DriveSettings, options)
     command.calibrate(settings, environment, out, buckets, repeats, warmup, as_json)
+
+
+@app.command()
+def replay(
+    record: Annotated[Path, typer.Argument(help="Folder of `drive --record` or `watch --record`.")],
+    budgets: Annotated[str, typer.Option(help="Of an episode: milliseconds by comma.")] = "",
+    keeps: Annotated[str, typer.Option(help="Of an episode: shares of tokens by comma.")] = "",
+    model: Model = None,
+    reducer: Method = None,
+    time: Annotated[str | None, typer.Option(help="wall, card:FILE or ms:60.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the changes: .png.")] = None,
+    at: Annotated[float | None, typer.Option(help="Of a stream: a moment, in seconds.")] = None,
+    within: Annotated[float, typer.Option(help="Seconds around it.")] = 1.0,
+    stream: Annotated[str | None, typer.Option(help="Which of the streams.")] = None,
+    device: Device = None,
+    override: Override = None,
+    as_json: Json = False,
+) -> None:
+    """An episode again under other budgets, or what became of the frames of a stream."""
+    from stream.live.record import is_record
+
+    if is_record(record):
+        from ..commands.replay_stream import replay_stream
+
+        replay_stream(record, at, within, stream, as_json)
+        return
+    from ..commands import replay as command
+
+    options = overrides(override, model=model, reducer=reducer, time=time, device=device)
+    command.replay(record, budgets, keeps, options, plot, as_json)

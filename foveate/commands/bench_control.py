@@ -132,19 +132,12 @@ def plain(row: Row) -> dict[str, Any]:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Success against milliseconds, and against the kept share, with Wilson bars.
+    """Success against milliseconds, and against the kept share, with Wilson bars."""
+    from ..plot import figure_of
 
-    Raises ConfigError where matplotlib is not at hand.
-    """
-    from stream.errors import ConfigError
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("A picture needs matplotlib; install it or leave --plot out.") from None
     labels = {"realtime": "budget, ms", "waiting": "visual tokens kept, %"}
     shown = [mode for mode in labels if any(row.cell.mode == mode for row in rows)]
-    figure: Any = Figure(figsize=(6.4 * len(shown), 4.2), layout="constrained")
+    figure = figure_of(6.4 * len(shown), 4.2)
     for axes, mode in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         series: dict[str, list[Row]] = {}
         for row in (r for r in rows if r.cell.mode == mode):
