@@ -129,15 +129,16 @@ def reduce_video(
 ) -> ReducedVideo:
     """Run the stages of `reducer` that act before the language model."""
     tokens = VisualTokens.full(video.x, video.grid, video.pts_s)
-    plan = Plan.identity(tokens.n, tokens.x.device)
+    plan = None
     memory.state.pop("segments", None)
     for stage in reducer.stages:
         if stage.site.in_llm:
             continue
-        signals = Signals({s: v[plan.anchor] for s, v in video.signals.items()})
+        signals = Signals({s: v[tokens.index] for s, v in video.signals.items()})
         step = reduce_stage(stage, tokens, signals, budget, memory)
-        plan = step @ plan
+        plan = step if plan is None else step @ plan
         tokens = VisualTokens(step.apply(tokens.x), plan.anchor, video.grid, video.pts_s)
+    plan = plan or Plan.identity(tokens.n, tokens.x.device)
     memory.tick += 1
     starts = memory.state.get("segments", [0])
     stops = [*starts[1:], video.grid.frames]

@@ -14,7 +14,8 @@ def density_peak_score(
     rho = exp(-mean squared distance to the `neighbours` nearest points, itself included);
     delta = distance to the nearest denser point, or the largest distance where none is denser.
 
-    distance: [b, n, n]; neighbours: long [b]; valid: bool [b, n]; noise: [b, n] added to rho.
+    distance: [b, n, n]; neighbours: long [b], on the host; valid: bool [b, n]; noise: [b, n] added
+    to rho.
     Source: HoliTom (arXiv 2505.21334), clustering of static tokens.
     """
     n = distance.shape[-1]
@@ -24,6 +25,7 @@ def density_peak_score(
     nearest_count = min(int(neighbours.max()), n) if neighbours.numel() else 0
     near = distance.masked_fill(~pair, torch.inf).topk(nearest_count, -1, largest=False).values
     rank = torch.arange(nearest_count, device=distance.device)
+    neighbours = neighbours.to(distance.device)
     near2 = torch.where(rank < neighbours[:, None, None], near, 0.0).square()
     rho = torch.exp(-near2.sum(-1) / neighbours[:, None])
     if noise is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,28 +21,28 @@ def allocate(weight: Tensor, cap: Tensor, total: int) -> Tensor:
     Each round gives every open group the floor of its share and then single units by largest
     remainder (ties by index); what a cap cuts off is shared again among the others.
 
-    weight: float [g], not negative; cap: long [g]. Returns long [g] that sums to `total`.
+    weight: float [g], not negative; cap: long [g]; both on the host. Returns long [g] that sums to
+    `total`.
     Raises BudgetError if the caps hold less than `total`.
     """
-    if int(cap.sum()) < total:
+    room = cap.numpy().copy()
+    if int(room.sum()) < total:
         raise BudgetError(
-            f"{total} tokens cannot be shared over groups that hold {int(cap.sum())}; "
+            f"{total} tokens cannot be shared over groups that hold {int(room.sum())}; "
             "lower the budget."
         )
-    given = torch.zeros_like(cap)
+    heavy = weight.double().numpy()
     left = total
     while left > 0:
-        room = cap - given
-        open_weight = torch.where(room > 0, weight.double(), 0.0)
-        if float(open_weight.sum()) == 0.0:
-            open_weight = (room > 0).double()
-        share = open_weight * (left / float(open_weight.sum()))
-        step = torch.minimum(share.floor().long(), room)
+        open_weight = np.where(room > 0, heavy, 0.0)
+        if open_weight.sum() == 0.0:
+            open_weight = (room > 0).astype(np.float64)
+        share = open_weight * (left / open_weight.sum())
+        step = np.minimum(np.floor(share).astype(np.int64), room)
         rest = left - int(step.sum())
-        remainder = torch.where(room > step, share - step, -1.0)
-        lucky = torch.sort(remainder, descending=True, stable=True).indices
-        lucky = lucky[: min(rest, int((room > step).sum()))]
+        remainder = np.where(room > step, share - step, -1.0)
+        lucky = np.argsort(-remainder, kind="stable")[: min(rest, int((room > step).sum()))]
         step[lucky] += 1
-        given += step
-        left = total - int(given.sum())
-    return given
+        room -= step
+        left -= int(step.sum())
+    return cap - torch.from_numpy(room)

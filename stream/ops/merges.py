@@ -19,7 +19,7 @@ def cluster_weights(owner: Tensor, member: Tensor, rule: MergeRule, beta: float)
     owner: long [n], the index of each token's centre; a centre owns itself. member: bool [n].
     """
     owner = torch.where(member, owner, 0)
-    size = torch.bincount(owner, weights=member.double(), minlength=owner.numel())[owner]
+    size = torch.zeros_like(owner).index_add_(0, owner, member.long())[owner]
     if rule == "mean":
         return (1.0 / size).float()
     is_centre = owner == torch.arange(owner.numel(), device=owner.device)
@@ -35,7 +35,8 @@ def halving_weights(slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
     the target keeps 2^-m and source j (0-based) gives 2^-(m-j).
     Source: HoliTom's inner merge (arXiv 2505.21334).
     """
-    count = torch.bincount(slot, minlength=k)
+    count = torch.zeros(k, dtype=torch.long, device=slot.device)
+    count.index_add_(0, slot, torch.ones_like(slot))
     order = torch.argsort(slot, stable=True)
     first = count.cumsum(0) - count
     rank = torch.empty_like(slot)

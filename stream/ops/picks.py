@@ -26,6 +26,17 @@ def top_mask(score: Tensor, k: Tensor) -> Tensor:
     return rank < k[:, None]
 
 
+def places(mask: Tensor, count: int) -> Tensor:
+    """Ascending indices where `mask` (bool [n]) is true, long [count].
+
+    count: how many there are; the caller knows, so the device need not be asked.
+    """
+    n = mask.numel()
+    slot = torch.where(mask, mask.cumsum(0) - 1, count)
+    out = torch.zeros(count + 1, dtype=torch.long, device=mask.device)
+    return out.scatter_(0, slot, torch.arange(n, device=mask.device))[:count]
+
+
 def spaced(n: int, k: int) -> Tensor:
     """k distinct indices evenly spaced over 0..n-1 (the middle of each of k equal parts)."""
     return ((torch.arange(k, dtype=torch.float64) + 0.5) * (n / max(k, 1))).long()

@@ -16,26 +16,27 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
     the picks for k = m. A group with fewer than k valid points ends in -1.
 
     x: [b, n, d], a zero vector is at distance 1 from all; valid: bool [b, n].
-    All distances are taken once, then a pick costs one row of them and no host synchronisation.
+    All distances are taken once, then a pick costs one row of them and no host synchronisation. A
+    point's distance to itself counts as -inf, so what was picked is never the farthest again.
     Source: VLA-Pruner (arXiv 2511.16449), redundancy filter; max-min diversity of DivPrune.
     """
     b, n, _ = x.shape
     picks = torch.full((b, k), -1, device=x.device)
     if n == 0 or k == 0:
         return picks
-    group = torch.arange(b, device=x.device)
     points = x.detach().float()
     distance = 1.0 - cosine(points, points)
     itself = torch.eye(n, dtype=torch.bool, device=x.device)
     isolation = distance.masked_fill(itself | ~valid[:, None, :], torch.inf).amin(-1)
-    free = valid.clone()
-    chosen = isolation.masked_fill(~free, -torch.inf).argmax(-1)
+    chosen = isolation.masked_fill(~valid, -torch.inf).argmax(-1, keepdim=True)
+    distance.masked_fill_(itself | ~valid[:, None, :], -torch.inf)
     nearest = torch.full((b, n), torch.inf, device=x.device)
     for rank in range(min(k, n)):
-        picks[:, rank] = chosen
-        free[group, chosen] = False
-        nearest = torch.minimum(nearest, distance[group, chosen])
-        chosen = nearest.masked_fill(~free, -torch.inf).argmax(-1)
+        picks[:, rank : rank + 1] = chosen
+        torch.minimum(
+            nearest, torch.take_along_dim(distance, chosen[..., None], 1)[:, 0], out=nearest
+        )
+        chosen = nearest.argmax(-1, keepdim=True)
     spent = torch.arange(k, device=x.device) >= valid.sum(-1, keepdim=True)
     return picks.masked_fill(spent, -1)
 

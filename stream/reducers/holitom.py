@@ -56,10 +56,6 @@ class Windows:
             torch.from_numpy(segment), torch.from_numpy(first), torch.from_numpy(static), saved
         )
 
-    def to(self, device: torch.device) -> Windows:
-        segment, start, static = (t.to(device) for t in (self.segment, self.start, self.static))
-        return Windows(segment, start, static, self.saved)
-
     @property
     def n_static(self) -> Tensor:
         """long [s]: static patches of each segment."""
@@ -184,88 +180,128 @@ class HoliTom(Reducer):
     ) -> Plan:
         """Choose and merge within given counts.
 
-        x: [n, c]; saliency: [n]; static_count: long [s]; dynamic_count: long [t].
+        x: [n, c]; saliency: [n]; windows, static_count (long [s]), dynamic_count (long [t]) are on
+        the host, so every shape is known there and nothing waits for the device.
         """
-        device, size = x.device, grid.per_frame
-        windows = windows.to(device)
-        temporal, still = temporal_mean(windows, grid)
-        place = temporal.anchor
-        frame = place // size
-        segments = windows.start.numel()
-
+        device, n, size = x.device, grid.size, grid.per_frame
         by_clusters = (
             dynamic_count - (dynamic_count.double() * (1 - self.contextual)).round().long()
         )
-        score = saliency.masked_fill(windows.static[windows.segment].view(-1), -torch.inf)
-        salient = picks.top_mask(score.view(-1, size), (dynamic_count - by_clusters).to(device))
-        alone = ~still & salient.view(-1)[place]
+        alone_count = dynamic_count - by_clusters
+        still = windows.static[windows.segment].to(device)
+        score = saliency.view(-1, size).masked_fill(still, -torch.inf)
+        alone = picks.top_mask(score, alone_count.to(device))
 
-        group = torch.where(still, windows.segment[frame], segments + frame)
-        group_count = torch.cat([static_count, by_clusters]).to(device)
-        member = ~alone & (group_count[group] > 0)
-        lead, weight = self._cluster(x, saliency, temporal, member, group, group_count)
+        groups = Groups.of(windows, alone_count, static_count, by_clusters)
+        rows, alone_total = int(groups.count.sum()), int(alone_count.sum())
+        token = picks.places(alone.view(-1), alone_total)
+        place, parts = self._cluster(x, saliency, windows, groups, alone)
+        centre, owner_place, col, weight = parts
 
-        unit = torch.arange(temporal.k, device=device)
-        lead = torch.where(alone, unit, lead)
-        weight = torch.where(alone, 1.0, weight)
-        kept = (lead == unit).nonzero().squeeze(-1)
+        kept = torch.zeros(n + 1, dtype=torch.bool, device=device)
+        kept[torch.where(centre, place, n).view(-1)] = True
+        kept = kept[:n] | alone.view(-1)
+        anchor = picks.places(kept, rows + alone_total)
         if self.order == "published":
-            within = torch.where(still, 0, 1 + frame) * 2 + (~alone & ~still)
-            key = (windows.segment[frame] * (2 * grid.frames + 2) + within) * size + place % size
-        else:
-            key = place
-        kept = kept[torch.argsort(key[kept])]
-        slot = torch.full((temporal.k,), -1, device=device)
-        slot[kept] = torch.arange(kept.numel(), device=device)
-        used = (lead >= 0).nonzero().squeeze(-1)
-        density = Plan.merge(kept, slot[lead[used]], used, weight[used], temporal.k)
-        return density @ temporal
+            frame = anchor // size
+            within = torch.where(still.view(-1)[anchor], 0, 2 + 2 * frame + ~alone.view(-1)[anchor])
+            segment = windows.segment.to(device)[frame]
+            key = (segment * (2 * grid.frames + 2) + within) * size + anchor % size
+            anchor = anchor[torch.argsort(key)]
+        slot = torch.zeros(n, dtype=torch.long, device=device)
+        slot[anchor] = torch.arange(anchor.numel(), device=device)
+        row = torch.cat([slot[owner_place], slot[token]])
+        col = torch.cat([col, token])
+        weight = torch.cat([weight, torch.ones(alone_total, device=device)])
+        order = torch.argsort(row * n + col)
+        return Plan(anchor, n, row[order], col[order], weight[order])
 
     def _cluster(
-        self,
-        x: Tensor,
-        saliency: Tensor,
-        temporal: Plan,
-        member: Tensor,
-        group: Tensor,
-        group_count: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """DPC-KNN within each group of units.
+        self, x: Tensor, saliency: Tensor, windows: Windows, groups: Groups, alone: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """DPC-KNN within each group, padded to the widest.
 
-        member: bool [u], units to be clustered; group: long [u]; group_count: long [g], centres.
-        Returns (the centre of each unit, -1 where it is no member; its weight there), both [u].
+        alone: bool [t, p], patches kept on their own. Returns the token that lends its position to
+        each member long [g, w], and (centres bool [g, w]; for each token that a member stands for:
+        the position of its cluster, its index and its weight, [e] each).
         """
-        lead = torch.full((temporal.k,), -1, device=x.device)
-        weight = torch.zeros(temporal.k, device=x.device)
-        units = member.nonzero().squeeze(-1)
-        if units.numel() == 0:
-            return lead, weight
-        groups, row, sizes = torch.unique(group[units], return_inverse=True, return_counts=True)
-        order = torch.argsort(row, stable=True)
-        units, row = units[order], row[order]
-        rank = torch.arange(units.numel(), device=x.device) - (sizes.cumsum(0) - sizes)[row]
-        widest = int(sizes.max())
-        count = group_count[groups]
+        device, size = x.device, windows.static.shape[1]
+        wide = groups.widest
+        if wide == 0:
+            none = torch.empty(0, dtype=torch.long, device=device)
+            return none, (none.bool(), none, none, none.float())
+        member = groups.members(windows, alone)
+        patch = torch.sort(member.byte(), dim=1, descending=True, stable=True).indices[:, :wide]
+        place = groups.first.to(device)[:, None] * size + patch
 
-        chosen = Plan.keep(units, temporal.k) @ temporal
-        padded = scatter_rows(chosen, row * widest + rank, groups.numel() * widest)
-        valid = torch.zeros(groups.numel(), widest, dtype=torch.bool, device=x.device)
-        valid[row, rank] = True
-        features = padded.apply(x).float().view(groups.numel(), widest, -1)
+        slot, frame, share = (t.to(device) for t in groups.entries())
+        col = frame * size + patch.reshape(-1)[slot]
+        padded = Plan(place.view(-1), x.shape[0], slot, col, share)
+        sizes = groups.size.to(device)
+        valid = torch.arange(wide, device=device) < sizes[:, None]
+        features = padded.apply(x).float().view(*place.shape, x.shape[1])
         distance = similarity.distances(similarity.centre_(features, sizes))
-        near = count if self.counts == "published" else sizes
+        near = groups.count if self.counts == "published" else groups.size
         density = clusters.density_peak_score(distance, near.clamp(max=self.neighbours), valid)
         if self.static_saliency:
             boost = padded.apply(saliency[:, None]).view(valid.shape).clamp_min(1e-12)
             density = torch.where(valid, density * boost**self.static_saliency, density)
-        centre = picks.top_mask(density, count)
+        centre = picks.top_mask(density, groups.count.to(device))
         owner = clusters.assign(distance, centre)
 
-        local_units = torch.full(valid.shape, -1, device=x.device)
-        local_units[row, rank] = units
-        lead[units] = local_units.gather(1, owner)[row, rank]
-        weight[units] = merges.cluster_weights(lead, member, self.merge, self.beta)[units]
-        return lead, weight
+        owner = owner + torch.arange(owner.shape[0], device=device)[:, None] * wide
+        owner = owner.view(-1)
+        weight = merges.cluster_weights(owner, valid.view(-1), self.merge, self.beta)
+        return place, (centre, place.view(-1)[owner[slot]], col, weight[slot] * share)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """What is clustered together: the static patches of a window, or patches of one frame.
+
+    index: long [g], the window, or the number of windows plus the frame. first, frames: long [g],
+    its first frame and how many. size: long [g], its members. count: long [g], its clusters.
+    """
+
+    index: Tensor
+    first: Tensor
+    frames: Tensor
+    size: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(
+        cls, windows: Windows, alone: Tensor, static_count: Tensor, by_clusters: Tensor
+    ) -> Groups:
+        """Groups with members and clusters; alone: long [t], patches of each frame outside them."""
+        frames = windows.segment.numel()
+        stop = torch.cat([windows.start[1:], torch.tensor([frames])])
+        first = torch.cat([windows.start, torch.arange(frames)])
+        length = torch.cat([stop - windows.start, torch.ones(frames, dtype=torch.long)])
+        size = torch.cat([windows.n_static, windows.n_dynamic - alone])
+        count = torch.cat([static_count, by_clusters])
+        index = ((size > 0) & (count > 0)).nonzero().squeeze(-1)
+        return cls(index, first[index], length[index], size[index], count[index])
+
+    @property
+    def widest(self) -> int:
+        return int(self.size.max()) if self.size.numel() else 0
+
+    def members(self, windows: Windows, alone: Tensor) -> Tensor:
+        """bool [g, p], on the device of `alone` (bool [t, p])."""
+        static = windows.static.to(alone.device)
+        dynamic = ~static[windows.segment.to(alone.device)] & ~alone
+        return torch.cat([static, dynamic])[self.index.to(alone.device)]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens members stand for: (place in [g * widest], frame, share), [e], ascending."""
+        group = torch.repeat_interleave(self.size)
+        rank = torch.arange(group.numel()) - (self.size.cumsum(0) - self.size)[group]
+        slot = group * self.widest + rank
+        times = self.frames[group]
+        entry = torch.repeat_interleave(times)
+        step = torch.arange(entry.numel()) - (times.cumsum(0) - times)[entry]
+        return slot[entry], self.first[group][entry] + step, (1.0 / times)[entry]
 
 
 def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
@@ -282,10 +318,3 @@ def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
     anchor, row = torch.unique(torch.where(still, first, token), return_inverse=True)
     length = torch.bincount(row)
     return Plan.merge(anchor, row, token, 1.0 / length[row], grid.size), still[anchor]
-
-
-def scatter_rows(plan: Plan, slot: Tensor, slots: int) -> Plan:
-    """The same rows at other places among `slots` rows; the places between are zero."""
-    row, col, weight = plan.entries()
-    anchor = torch.zeros(slots, dtype=torch.long, device=slot.device)
-    return Plan.merge(anchor, slot[row], col, weight, plan.n)

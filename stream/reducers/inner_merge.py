@@ -48,11 +48,11 @@ def fold(x: Tensor, kept: Tensor) -> Plan:
     x: [n, d] states, similarities are taken before anything is merged; kept: long [k] ascending.
     """
     n, k = x.shape[0], kept.numel()
+    if k in (0, n):
+        return Plan.keep(kept, n)
     gone = torch.ones(n, dtype=torch.bool, device=x.device)
     gone[kept] = False
-    source = gone.nonzero().squeeze(-1)
-    if k == 0 or source.numel() == 0:
-        return Plan.keep(kept, n)
+    source = picks.places(gone, n - k)
     slot = similarity.cosine(x[source].float(), x[kept].float()).argmax(-1)
     given, own = merges.halving_weights(slot, k)
     row = torch.cat([torch.arange(k, device=x.device), slot])

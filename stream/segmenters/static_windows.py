@@ -136,11 +136,34 @@ class StaticWindows:
 def segment(links: NDArray[np.bool_], max_frames: int = 1024) -> tuple[list[Segment], int]:
     """Offline segmentation of a whole video.
 
-    links: bool [t-1, p]. Returns the segments and the tokens they save.
+    links: bool [t-1, p]. Returns the segments and the tokens they save: those of `StaticWindows`
+    without a lag, from the gains of all windows at once.
     """
-    windows = StaticWindows(max_frames=max_frames)
-    segments = windows.push(None)
-    for row in links:
-        segments += windows.push(row)
-    segments += windows.flush()
-    return segments, windows.saved_tokens
+    gains = _window_gains(links, max_frames)
+    best, window = [0], [0]
+    for stop in range(1, links.shape[0] + 2):
+        reached = [best[stop - 1]]
+        reached += [best[stop - w] + gain for w, gain in enumerate(gains[stop - 1], start=2)]
+        most = max(reached)
+        best.append(most)
+        window.append(reached.index(most) + 1)
+    segments, stop = [], len(best) - 1
+    while stop:
+        segments.append(Segment(stop - window[stop], stop))
+        stop -= window[stop]
+    return segments[::-1], best[-1]
+
+
+def _window_gains(links: NDArray[np.bool_], max_frames: int) -> list[list[int]]:
+    """Gains of the windows of 2, 3, ... frames that end at each frame, as far as any is static."""
+    frames = links.shape[0] + 1
+    gains: list[list[int]] = [[] for _ in range(frames)]
+    static = links
+    for w in range(2, min(max_frames, frames) + 1):
+        static = static if w == 2 else static[1:] & links[: frames - w + 1]
+        counts = np.count_nonzero(static, axis=1)
+        if not counts.any():
+            break
+        for stop, count in enumerate(counts.tolist(), start=w - 1):
+            gains[stop].append(count * (w - 1))
+    return gains
