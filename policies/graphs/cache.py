@@ -1,0 +1,61 @@
+"""KV buffers allocated once, written in place; layers may hold different numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StaticCache:
+    """What transformers' decoder layers need of a cache: `update`.
+
+    Each layer holds [b, heads, capacity of the layer, d] keys and values. Before a pass over new
+    tokens call `begin` or `append`.
+    """
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        batch: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def buffers() -> list[Tensor]:
+            shapes = [(batch, heads, capacity, head_size) for capacity in capacities]
+            return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+        self.keys, self.values = buffers(), buffers()
+        self._places: Sequence[Tensor] | None = None
+        self._widths: Sequence[int] = ()
+
+    @property
+    def bytes(self) -> int:
+        return 2 * sum(k.numel() * k.element_size() for k in self.keys)
+
+    def begin(self) -> None:
+        """The next tokens are the first ones."""
+        self._places = None
+
+    def append(self, places: Sequence[Tensor], widths: Sequence[int]) -> None:
+        """The next tokens go to `places` (long [b, new]) of each layer, and see `widths` places."""
+        self._places, self._widths = places, widths
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [b, heads, new, d]; return what the new tokens may look at."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self._places is None:
+            keys[:, :, : key.shape[2]] = key
+            values[:, :, : key.shape[2]] = value
+            return key, value
+        at = self._places[layer_idx][:, None, :, None].expand_as(key)
+        width = self._widths[layer_idx]
+        keys.scatter_(2, at, key)
+        values.scatter_(2, at, value)
+        return keys[:, :, :width], values[:, :, :width]
