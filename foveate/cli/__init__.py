@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from . import ask, bench, check, info, live, robot
+from . import ask, bench, check, info, live, robot, speed
 from .apps import app
 
-__all__ = ["app", "ask", "bench", "check", "info", "live", "main", "robot"]
+__all__ = ["app", "ask", "bench", "check", "info", "live", "main", "robot", "speed"]
 
 
 def main() -> None:

@@ -1,0 +1,147 @@
+"""Declares `foveate bench ttft | step | throughput`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .apps import bench_app
+from .options import Device, Json
+
+Shape = Annotated[str, typer.Option(help="Shape, model in the box, folder or hub name.")]
+Shares = Annotated[str, typer.Option(help="Shares of visual tokens by comma.")]
+Cut = Annotated[str, typer.Option(help="Reducer or variant.")]
+Dtype = Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Repeats = Annotated[int, typer.Option(help="Rounds; each visits every arm once.")]
+Warmup = Annotated[int, typer.Option(help="Rounds before the first sample.")]
+Seconds = Annotated[float, typer.Option(help="No new round begins after this, past the third.")]
+Seed = Annotated[int, typer.Option(help="Of pixels, text and order.")]
+Soak = Annotated[int, typer.Option(help="Decode steps with changing buckets, 0 = none.")]
+Out = Annotated[Path, typer.Option(help="Folder of the JSON files.")]
+FOLDER = Path("runs/speed")
+
+
+@bench_app.command("ttft")
+def bench_ttft(
+    model: Shape = "tiny-video",
+    reducer: Cut = "holitom",
+    retain: Shares = "0.5,0.25,0.1",
+    frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
+    decode: Annotated[int, typer.Option(help="Tokens after the first.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = 2,
+    repeats: Repeats = 20,
+    warmup: Warmup = 2,
+    seconds: Seconds = 120.0,
+    seed: Seed = 0,
+    soak: Soak = 0,
+    out: Out = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Time to first token: eager and graph-captured, with all visual tokens and with few."""
+    from ..commands import bench_speed as command
+
+    options = command.Timing(
+        model,
+        reducer,
+        retain,
+        frames,
+        1,
+        decode,
+        device,
+        dtype,
+        threads,
+        repeats,
+        warmup,
+        seconds,
+        seed,
+        out,
+        as_json,
+    )
+    command.latency("ttft", options, soak)
+
+
+@bench_app.command("step")
+def bench_step(
+    model: Shape = "tiny-openvla",
+    reducer: Cut = "vla_pruner",
+    retain: Shares = "0.5,0.25,0.125",
+    cameras: Annotated[int, typer.Option(help="Pictures of one step.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = 2,
+    repeats: Repeats = 30,
+    warmup: Warmup = 3,
+    seconds: Seconds = 60.0,
+    seed: Seed = 0,
+    soak: Soak = 0,
+    out: Out = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """A control step of a robot policy, the same ways."""
+    from ..commands import bench_speed as command
+
+    options = command.Timing(
+        model,
+        reducer,
+        retain,
+        0,
+        cameras,
+        0,
+        device,
+        dtype,
+        threads,
+        repeats,
+        warmup,
+        seconds,
+        seed,
+        out,
+        as_json,
+    )
+    command.latency("step", options, soak)
+
+
+@bench_app.command("throughput")
+def bench_throughput(
+    model: Shape = "tiny-video",
+    reducer: Cut = "holitom",
+    retain: Shares = "0.1",
+    concurrency: Annotated[str, typer.Option(help="Requests at once, by comma.")] = "1,8,32",
+    frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
+    cameras: Annotated[int, typer.Option(help="Pictures of one step of a policy.")] = 1,
+    decode: Annotated[int, typer.Option(help="Tokens after the first.")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = 2,
+    repeats: Repeats = 5,
+    warmup: Warmup = 1,
+    seconds: Seconds = 60.0,
+    seed: Seed = 0,
+    out: Out = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Requests a second when many come at once."""
+    from ..commands import bench_speed as command
+
+    options = command.Timing(
+        model,
+        reducer,
+        retain,
+        frames,
+        cameras,
+        decode,
+        device,
+        dtype,
+        threads,
+        repeats,
+        warmup,
+        seconds,
+        seed,
+        out,
+        as_json,
+    )
+    command.throughput(options, concurrency)

@@ -1,0 +1,275 @@
+"""`foveate bench ttft | step | throughput`."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..show import err, out, print_json, progress_bars, table
+from .bench import machine
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the three commands share; the fields are their options."""
+
+    model: str
+    reducer: str
+    retain: str
+    frames: int
+    cameras: int
+    decode: int
+    device: str | None
+    dtype: str | None
+    threads: int
+    repeats: int
+    warmup: int
+    seconds: float
+    seed: int
+    folder: Path
+    as_json: bool
+
+
+def latency(kind: str, options: Timing, soak_steps: int) -> None:
+    """One request at a time: every arm, its stages, and the latency card."""
+    from policies.graphs.capture import GraphPool
+
+    from ..timing import arms, measure
+
+    subject, reducer = _prepared(options)
+    pool = GraphPool(subject.device)
+    held_before = _reserved_mib(subject)
+    fixed = [arms.FixedArm(subject, None, 1.0, 1, pool)]
+    every: list[arms.Arm] = [arms.EagerArm(subject, None, 1.0, 1), *fixed]
+    outer = _before_only(reducer)
+    for ratio in _ratios(options):
+        fixed.append(arms.FixedArm(subject, reducer, ratio, 1, pool))
+        every += [arms.EagerArm(subject, reducer, ratio, 1), fixed[-1]]
+        if kind == "ttft" and outer is not None:
+            every.append(arms.AttachedArm(subject, outer, ratio, 1, pool))
+    if kind == "ttft":
+        every.append(arms.AttachedArm(subject, None, 1.0, 1, pool))
+    samples, answers, peaks = _timed(every, options)
+    result = _described(options, subject) | {
+        "rows": measure.rows_of(every, samples, answers, peaks),
+        "graphs": {
+            "captured": pool.captured,
+            "warmup_s": pool.warmup_s,
+            "fallen_back": pool.fallen_back,
+            "held_mib": _reserved_mib(subject) - held_before,
+        },
+    }
+    if soak_steps:
+        result["soak"] = measure.soak(fixed, soak_steps, options.seed)
+    card = measure.card_of(
+        subject, every, samples, machine(options.device), options.warmup, options.seed
+    )
+    _written(options, kind, result)
+    card.save(options.folder / f"card_{_file_name(options)}.json")
+    if options.as_json:
+        print_json(result)
+        return
+    out.print(_latency_table(kind, result))
+    if soak_steps:
+        out.print(f"soak: {result['soak']}")
+
+
+def throughput(options: Timing, concurrency: str) -> None:
+    """Many requests at once: requests a second of every arm."""
+    from policies.graphs.capture import GraphPool
+
+    from ..timing import arms, measure
+    from ..timing.clock import HOST
+
+    subject, reducer = _prepared(options)
+    rows: list[dict[str, Any]] = []
+    for batch in (int(b) for b in concurrency.split(",")):
+        pool = GraphPool(subject.device)
+        every: list[arms.Arm] = [
+            arms.EagerArm(subject, None, 1.0, batch),
+            arms.FixedArm(subject, None, 1.0, batch, pool),
+        ]
+        for ratio in _ratios(options):
+            every += [
+                arms.EagerArm(subject, reducer, ratio, batch),
+                arms.FixedArm(subject, reducer, ratio, batch, pool),
+            ]
+        found = measure.rows_of(every, *_timed(every, options))
+        for row in found:
+            if row["ms"]:
+                row["requests_per_s"] = batch / row["ms"][HOST]["p50"] * 1e3
+        rows += found
+        every.clear()
+        _freed()
+    result = _described(options, subject) | {"rows": rows}
+    _written(options, "throughput", result)
+    if options.as_json:
+        print_json(result)
+        return
+    out.print(_throughput_table(result))
+
+
+def _prepared(options: Timing) -> tuple[Any, Any]:
+    """(subject, reducer) of some options."""
+    import warnings
+
+    import torch
+
+    from policies.models import quiet
+
+    from ..settings import reducer_of
+    from ..timing import shapes
+
+    quiet()
+    warnings.simplefilter("once")
+    torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.startswith("cuda")
+    dtype = shapes.dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"))
+    subject = shapes.subject(
+        options.model, options.frames, options.decode, options.cameras, device, dtype
+    )
+    return subject, reducer_of(options.reducer, [])
+
+
+def _before_only(reducer: Any) -> Any:
+    """The part of a reducer that does not ask what the question is; None where there is none."""
+    if reducer.site.in_llm:
+        return None
+    return reducer.model_copy(update={"inner": None}) if hasattr(reducer, "inner") else reducer
+
+
+def _ratios(options: Timing) -> list[float]:
+    return [float(r) for r in options.retain.split(",")]
+
+
+def _timed(every: list[Any], options: Timing) -> Any:
+    from ..timing.measure import interleaved
+
+    with progress_bars({"rounds": options.warmup + options.repeats}) as progress:
+        return interleaved(
+            every,
+            repeats=options.repeats,
+            warmup=options.warmup,
+            seed=options.seed,
+            seconds=options.seconds,
+            progress=progress,
+        )
+
+
+def _described(options: Timing, subject: Any) -> dict[str, Any]:
+    prompt, grid = subject.prompt, subject.grid
+    return {
+        "model": options.model,
+        "weights": subject.weights,
+        "reducer": options.reducer,
+        "grid": [grid.frames, grid.rows, grid.cols],
+        "text": prompt.before + prompt.after,
+        "decode": prompt.decode,
+        "slots": prompt.slots,
+        "machine": machine(options.device),
+        "threads": options.threads,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "repeats": options.repeats,
+        "warmup": options.warmup,
+        "seed": options.seed,
+    }
+
+
+def _reserved_mib(subject: Any) -> float:
+    import torch
+
+    return torch.cuda.memory_reserved() / 2**20 if subject.device.type == "cuda" else 0.0
+
+
+def _freed() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _file_name(options: Timing) -> str:
+    views = f"_{options.cameras}_cameras" if options.cameras > 1 else ""
+    return options.model.replace("/", "_").replace("-", "_").replace(".", "_") + views
+
+
+def _written(options: Timing, kind: str, result: dict[str, Any]) -> None:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / f"{kind}_{_file_name(options)}.json"
+    path.write_text(json.dumps(result, indent=1))
+    err.print(f"written: {path}")
+
+
+def _latency_table(kind: str, result: dict[str, Any]) -> Any:
+    stages = ("encode", "reduce", "prefill", "question")
+    columns = (
+        "arm",
+        "retain",
+        "visual",
+        *stages,
+        "a token",
+        "first",
+        "p95",
+        "total",
+        "host",
+        "TFLOP",
+        "first x",
+        "total x",
+        "agrees",
+    )
+    cells = [_latency_cells(row, stages, max(1, result["decode"])) for row in result["rows"]]
+    title = (
+        f"{kind}: {result['model']} ({result['weights']} weights), {result['reducer']}, grid "
+        f"{'x'.join(map(str, result['grid']))}, {result['text']} text places, {result['decode']} "
+        f"tokens after the first; median ms; {result['dtype']}, {result['machine']}; "
+        f"{result['graphs']['captured']} graphs in {result['graphs']['warmup_s']:.1f} s"
+    )
+    return table(title, columns, cells)
+
+
+def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) -> tuple[str, ...]:
+    ms = row["ms"]
+    if not ms:
+        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 11)
+    faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
+    return (
+        row["arm"],
+        f"{row['retain']:g}",
+        str(row["visual"]),
+        *(f"{ms[s]['p50']:.2f}" if s in ms else "-" for s in stages),
+        f"{ms['tokens']['p50'] / decode:.2f}" if "tokens" in ms else "-",
+        f"{ms['first']['p50']:.2f}",
+        f"{ms['first']['p95']:.2f}",
+        f"{ms['total']['p50']:.2f}",
+        f"{ms['host']['p50']:.2f}",
+        f"{sum(row['tflop'].values()):.3g}",
+        f"{faster['first']:.2f}" if faster else "-",
+        f"{faster['total']:.2f}" if faster else "-",
+        next((f"{v:.3g}" for v in agreed.values()), "-"),
+    )
+
+
+def _throughput_table(result: dict[str, Any]) -> Any:
+    columns = ("at once", "arm", "retain", "requests/s", "host ms", "peak MiB", "times faster")
+    cells = [
+        (
+            str(row["batch"]),
+            row["arm"],
+            f"{row['retain']:g}",
+            f"{row['requests_per_s']:.2f}" if row["ms"] else "out of memory",
+            f"{row['ms']['host']['p50']:.1f}" if row["ms"] else "-",
+            f"{row['peak_mib'] or 0:.0f}",
+            f"{row['times_faster']['host']:.2f}" if row.get("times_faster") else "-",
+        )
+        for row in result["rows"]
+    ]
+    title = (
+        f"throughput: {result['model']} ({result['weights']} weights), {result['reducer']}, "
+        f"{result['decode']} tokens after the first; {result['dtype']}, {result['machine']}"
+    )
+    return table(title, columns, cells)

@@ -1,0 +1,225 @@
+"""Time the arms of one subject against each other in one run, and sum it up."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stream.budgets.latency_card import LatencyCard, StageTiming
+
+from .arms import Arm, FixedArm
+from .clock import HOST, StageClock
+from .flops import request_flops
+from .subjects import Subject
+
+Samples = dict[str, dict[str, list[float]]]
+"""Arm's key -> stage -> milliseconds."""
+
+FIRST = "first"
+"""Everything until the first token or the actions are there, by the device's clock."""
+
+TOTAL = "total"
+"""All stages of a request, by the device's clock."""
+
+
+@torch.inference_mode()
+def interleaved(
+    arms: Sequence[Arm],
+    *,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    seconds: float = float("inf"),
+    progress: Callable[[str, int], None] = lambda stage, done: None,
+) -> tuple[Samples, dict[str, Tensor], dict[str, float]]:
+    """Requests of all arms in rounds, each round in a new random order.
+
+    Returns the samples, what each arm answered to the same pixels, and the device memory in MiB
+    that each arm needed at its peak beyond what was held before. An arm that runs out of memory
+    has no samples. seconds: after which no new round begins, once there are three.
+    """
+    subject = arms[0].subject
+    clock = StageClock(subject.device)
+    pixels = {b: [subject.pixels(seed + i) for i in range(b)] for b in {a.batch for a in arms}}
+    samples: Samples = {}
+    answers: dict[str, Tensor] = {}
+    peaks: dict[str, float] = {}
+    for arm in arms:
+        try:
+            with arm, _peak_mib(subject.device) as peak:
+                arm.prepare(pixels[arm.batch])
+                with clock.request():
+                    answers[arm.key] = arm.run(clock, pixels[arm.batch]).cpu()
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        peaks[arm.key] = peak[0]
+        samples[arm.key] = {}
+    order = random.Random(seed)
+    able = [arm for arm in arms if arm.key in samples]
+    start_s = time.monotonic()
+    for turn in range(warmup + repeats):
+        if turn >= warmup + 3 and time.monotonic() - start_s > seconds:
+            break
+        for arm in order.sample(able, len(able)):
+            with arm, clock.request() as times_ms:
+                arm.run(clock, pixels[arm.batch])
+            times_ms[FIRST] = sum(times_ms.get(stage, 0.0) for stage in arm.first)
+            times_ms[TOTAL] = times_ms[FIRST] + times_ms.get("tokens", 0.0)
+            if turn >= warmup:
+                for stage, ms in times_ms.items():
+                    samples[arm.key].setdefault(stage, []).append(ms)
+        progress("rounds", turn + 1)
+    return samples, answers, peaks
+
+
+class _peak_mib:
+    """Peak of device memory beyond what was held at the start; 0 without a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._result = device, [0.0]
+
+    def __enter__(self) -> list[float]:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self._result
+
+    def __exit__(self, *exc: object) -> None:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._result[0] = (peak - self._before) / 2**20
+
+
+def rows_of(
+    arms: Sequence[Arm], samples: Samples, answers: dict[str, Tensor], peaks: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One row for each arm: quantiles of its stages, what it costs, and how it compares.
+
+    `times_faster`: medians of the stock unpruned arm at the same batch over its own.
+    `agreement`: of a fixed-shape arm with the stock arm that keeps the same tokens.
+    """
+    rows = []
+    for arm in arms:
+        flops = request_flops(arm)
+        row: dict[str, Any] = {
+            "arm": arm.name,
+            "retain": arm.retain,
+            "reducer": None if arm.reducer is None else type(arm.reducer).__name__,
+            "batch": arm.batch,
+            "visual": arm.visual,
+            "layer_tokens": statistics.fmean(arm.layer_tokens),
+            "tflop": {stage: value / 1e12 for stage, value in flops.items()},
+            "ms": {s: quantiles(v) for s, v in samples.get(arm.key, {}).items()},
+            "peak_mib": peaks.get(arm.key),
+        }
+        if row["ms"] and samples.get("eager"):
+            base = {what: quantiles(v)["p50"] for what, v in samples["eager"].items()}
+            row["times_faster"] = {
+                what: base[what] / row["ms"][what]["p50"] for what in (FIRST, TOTAL, HOST)
+            }
+        twin = arm.key.replace("graph", "eager", 1)
+        if twin != arm.key and arm.key in answers and twin in answers:
+            row["agreement"] = agreement(answers[arm.key], answers[twin])
+        rows.append(row)
+    return rows
+
+
+def quantiles(samples_ms: Sequence[float]) -> dict[str, float]:
+    """Count, mean and quantiles; each quantile is a sample, the higher one of two."""
+    p50, p95, p99 = np.quantile(samples_ms, (0.5, 0.95, 0.99), method="higher").tolist()
+    return {
+        "n": len(samples_ms),
+        "mean": statistics.fmean(samples_ms),
+        "min": min(samples_ms),
+        "p50": p50,
+        "p95": p95,
+        "p99": p99,
+    }
+
+
+def agreement(one: Tensor, other: Tensor) -> dict[str, float]:
+    """Share of equal tokens; for actions the largest difference."""
+    if one.is_floating_point():
+        return {"largest_difference": float((one - other).abs().max())}
+    return {"equal_tokens": float((one == other).float().mean())}
+
+
+def card_of(
+    subject: Subject, arms: Sequence[Arm], samples: Samples, device: str, warmup: int, seed: int
+) -> LatencyCard:
+    """The stages of the fixed-shape arms of one request, by visual tokens that enter the model.
+
+    `tokens` is told for one decoded token.
+    """
+    timings = []
+    for arm in {a.visual: a for a in arms if a.name == "graph" and a.batch == 1}.values():
+        stages = samples.get(arm.key, {})
+        for stage in ("encode", "reduce", "prefill", "tokens"):
+            if stage in stages:
+                each = arm.subject.prompt.decode if stage == "tokens" else 1
+                name = "token" if stage == "tokens" else stage
+                values = [ms / each for ms in stages[stage]]
+                timings.append(StageTiming.of(name, arm.visual, values))
+    grid, prompt = subject.grid, subject.prompt
+    return LatencyCard(
+        model=f"{subject.name}, {subject.weights} weights",
+        device=device,
+        threads=torch.get_num_threads(),
+        dtype=str(subject.dtype).removeprefix("torch."),
+        date=datetime.date.today().isoformat(),
+        shapes={
+            "grid": (grid.frames, grid.rows, grid.cols),
+            "text": (prompt.before, prompt.after),
+            "decode": (prompt.decode,),
+        },
+        warmup=warmup,
+        seed=seed,
+        timings=tuple(timings),
+    )
+
+
+@torch.inference_mode()
+def soak(arms: Sequence[FixedArm], steps: int, seed: int) -> dict[str, Any]:
+    """Decode steps with buckets in random order: graphs and memory must not grow.
+
+    arms: fixed-shape arms that share one pool. Returns what was captured and reserved before and
+    after; reserved memory is 0 without a GPU.
+    """
+    pool, subject = arms[0].pool, arms[0].subject
+    clock = StageClock(subject.device)
+    pixels = [subject.pixels(seed)]
+    for arm in arms:
+        with arm, clock.request():
+            arm.run(clock, pixels)
+
+    def held() -> dict[str, int]:
+        on_gpu = subject.device.type == "cuda"
+        return {
+            "graphs": pool.captured,
+            "reserved_bytes": torch.cuda.memory_reserved(subject.device) if on_gpu else 0,
+        }
+
+    before, order, start_s = held(), random.Random(seed), time.perf_counter()
+    done = 0
+    while done < steps:
+        arm = order.choice(list(arms))
+        with arm, clock.request():
+            arm.run(clock, pixels)
+        done += 1 + subject.prompt.decode
+    after = held()
+    return {
+        "steps": done,
+        "seconds": time.perf_counter() - start_s,
+        "before": before,
+        "after": after,
+        "grown": after != before,
+    }

@@ -1,0 +1,184 @@
+"""Models by name: full-size shapes with random weights, which are right for time alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Dinov2WithRegistersConfig,
+    LlamaConfig,
+    LlavaOnevisionConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from policies.models import in_the_box, load
+from stream.errors import ConfigError
+from stream.registry import suggest
+
+from .subjects import ActionSubject, Subject, VideoSubject
+
+Size = dict[str, Any]
+SIGLIP_SO400M: Size = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+DINOV2_LARGE: Size = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+}
+LLAMA_7B: Size = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+QWEN2_7B: Size = {
+    "vocab_size": 152128,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
+TINY: Size = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+def video_subject(
+    name: str, frames: int, decode: int, device: str, dtype: torch.dtype
+) -> VideoSubject:
+    """A video LLM: a shape by name with random weights, a model in the box, a folder, a hub name.
+
+    Raises AttachError for what cannot be loaded.
+    """
+    if name in _VIDEO:
+        model, weights = (
+            _random(AutoModelForImageTextToText, _VIDEO[name](), device, dtype),
+            "random",
+        )
+    else:
+        model, weights = load(name, device, dtype)[0], "real"
+    return VideoSubject(name, weights, model, frames, decode)
+
+
+def action_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> ActionSubject:
+    """A robot policy with random weights. Raises UnknownNameError for a name without a shape."""
+    if name not in _ACTION:
+        raise suggest("policy shape", name, _ACTION)
+    tiny, chunk = _ACTION[name]
+    dino = {**DINOV2_LARGE, **TINY, "image_size": 56} if tiny else DINOV2_LARGE
+    siglip = {**SIGLIP_SO400M, "image_size": 224} | ({**TINY, "image_size": 56} if tiny else {})
+    llama = {**LLAMA_7B, **TINY, "vocab_size": 300} if tiny else LLAMA_7B
+    towers = [
+        _random(AutoModel, Dinov2WithRegistersConfig(**dino), device, dtype),
+        _random(AutoModel, SiglipVisionConfig(**siglip), device, dtype).vision_model,
+    ]
+    llm = _random(AutoModelForCausalLM, LlamaConfig(**llama), device, dtype)
+    width = dino["hidden_size"] + siglip["hidden_size"]
+    out = llama["hidden_size"]
+    with torch.device(device):
+        projector = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, out),
+            nn.GELU(),
+            nn.Linear(out, out),
+        ).to(dtype)
+    return ActionSubject(name, towers, projector, llm, cameras, 34, 7, chunk)
+
+
+def subject(
+    name: str, frames: int, decode: int, cameras: int, device: str, dtype: torch.dtype
+) -> Subject:
+    """Any of them by name. Raises UnknownNameError with the known names."""
+    if name in _ACTION:
+        return action_subject(name, cameras, device, dtype)
+    if name in _VIDEO or name in in_the_box() or "/" in name:
+        return video_subject(name, frames, decode, device, dtype)
+    raise suggest("model", name, names())
+
+
+def names() -> tuple[str, ...]:
+    """Every name that needs no download."""
+    return (*_VIDEO, *_ACTION, *in_the_box())
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point type by its name in torch."""
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"'{name}' is no floating-point type; give float32 or bfloat16.")
+    return kind
+
+
+def _random(family: Any, config: PreTrainedConfig, device: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = family.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def _llava_onevision(vision: Size, text: Size, image_size: int) -> PreTrainedConfig:
+    whole: Size = {
+        "vision_config": SiglipVisionConfig(**vision | {"image_size": image_size}),
+        "text_config": Qwen2Config(**text),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "image_token_index": text["vocab_size"] - 2,
+        "video_token_index": text["vocab_size"] - 1,
+    }
+    return LlavaOnevisionConfig(**whole)
+
+
+def _llava_onevision_7b() -> PreTrainedConfig:
+    vision = {**SIGLIP_SO400M, "num_hidden_layers": 26}
+    return _llava_onevision(vision, QWEN2_7B, 384)
+
+
+def _tiny_llava() -> PreTrainedConfig:
+    text = {**TINY, "vocab_size": 300, "num_key_value_heads": 2}
+    return _llava_onevision({**SIGLIP_SO400M, **TINY, "patch_size": 8}, text, 56)
+
+
+def _qwen2_5_vl_7b() -> PreTrainedConfig:
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
+    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584}
+    text = {**QWEN2_7B, "rope_parameters": rope}
+    whole: Size = {"vision_config": vision, "text_config": text}
+    return Qwen2_5_VLConfig(**whole)
+
+
+_VIDEO: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llava-onevision-7b": _llava_onevision_7b,
+    "qwen2.5-vl-7b": _qwen2_5_vl_7b,
+    "tiny-llava": _tiny_llava,
+}
+_ACTION: dict[str, tuple[bool, int]] = {
+    "openvla-7b": (False, 0),
+    "openvla-oft-7b": (False, 8),
+    "tiny-openvla": (True, 0),
+    "tiny-openvla-oft": (True, 8),
+}
+"""Whether a shape is tiny, and the steps of a chunk decoded in parallel, 0 for tokens."""

@@ -1,0 +1,238 @@
+"""What is timed: a vision encoder, a text model and a prompt of fixed size."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from policies.adapter import SaliencyTap, adapter_for
+from stream.data import PatchGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Places of text before and behind the visual tokens, and tokens decoded after the first one.
+
+    slots: places behind the text that actions are read from in parallel; 0 = they are decoded.
+    """
+
+    before: int
+    after: int
+    decode: int
+    slots: int = 0
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights that each token is multiplied with."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, kinds))
+
+
+class Subject(ABC):
+    """One model and one kind of request. Requests of a batch differ in their pixels alone."""
+
+    name: str
+    weights: str
+    prompt: Prompt
+    grid: PatchGrid
+    text_model: Any
+    head: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = next(self.text_model.parameters())
+        return weight
+
+    @abstractmethod
+    def pixels(self, seed: int) -> Tensor:
+        """The pictures of one request, as the encoder takes them."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        """(features [n, d],) of one request, and float32 [n] received attention if asked for."""
+
+    @abstractmethod
+    def encode_flops(self) -> float:
+        """Multiplications and additions of `encode` without saliency."""
+
+    @abstractmethod
+    def saliency_flops(self) -> float:
+        """What received attention adds: the logits of one layer, once more."""
+
+    @abstractmethod
+    def positions(self) -> Tensor:
+        """Position ids of the whole unpruned prompt, long [..., 1, length]."""
+
+    def text(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [before, d] and [after, d] of random words."""
+        generator = torch.Generator().manual_seed(seed)
+        count = self.prompt.before + self.prompt.after
+        size = int(self.text_model.config.vocab_size)
+        ids = torch.randint(min(5, size - 1), size, (count,), generator=generator)
+        embeds = self.text_model.get_input_embeddings()(ids.to(self.device))
+        return embeds[: self.prompt.before], embeds[self.prompt.before :]
+
+
+class VideoSubject(Subject):
+    """A question about one video, with a model that has an adapter."""
+
+    def __init__(self, name: str, weights: str, model: Any, frames: int, decode: int) -> None:
+        self.name, self.weights = name, weights
+        self._adapter = adapter_for(model)
+        self._frames = frames
+        self.text_model, self.head = self._adapter.text_model, model.lm_head
+        self.prompt = Prompt(before=14, after=21, decode=decode)
+        with torch.inference_mode():
+            self.grid = self._adapter.features(self._inputs(self.pixels(0)))[1]
+
+    def pixels(self, seed: int) -> Tensor:
+        vision = self._adapter.model.config.vision_config
+        generator = torch.Generator().manual_seed(seed)
+        if hasattr(vision, "image_size"):
+            shape: tuple[int, ...] = (1, self._frames, 3, vision.image_size, vision.image_size)
+        else:
+            size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            shape = (self._frames // vision.temporal_patch_size * self._side**2, size)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    _side = 28
+
+    def _inputs(self, pixels: Tensor) -> dict[str, Any]:
+        if pixels.ndim == 5:
+            return {"pixel_values": pixels}
+        times = pixels.shape[0] // self._side**2
+        return {"pixels": pixels, "thw": torch.tensor([[times, self._side, self._side]])}
+
+    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        if not saliency:
+            return (self._adapter.features(self._inputs(pixels))[0],)
+        tap = SaliencyTap()
+        with self._adapter.saliency(tap):
+            x, grid = self._adapter.features(self._inputs(pixels))
+        return x, self._adapter.pooled_saliency(tap.take(), [grid])[0]
+
+    def encode_flops(self) -> float:
+        model, (images, patches, width) = self._adapter.model.model, self._patches()
+        if hasattr(model, "visual"):
+            tower, group = model.visual, model.visual.config.spatial_merge_size**2
+            whole = len(tower.config.fullatt_block_indexes)
+            windows = (tower.config.window_size // tower.config.patch_size) ** 2
+            seen = whole * patches + (len(tower.blocks) - whole) * min(windows, patches)
+            weights = linear_weights(tower.patch_embed) + linear_weights(tower.blocks)
+            weights += linear_weights(tower.merger) // group
+        else:
+            tower = model.vision_tower
+            seen = tower.config.num_hidden_layers * patches
+            weights = linear_weights(tower) + linear_weights(model.multi_modal_projector)
+        return float(images * patches * (2.0 * weights + 4.0 * width * seen))
+
+    def saliency_flops(self) -> float:
+        images, patches, width = self._patches()
+        return 2.0 * width * images * patches**2
+
+    def _patches(self) -> tuple[int, int, int]:
+        """(images, patches of each, width) as the encoder sees them."""
+        vision = self._adapter.model.config.vision_config
+        if hasattr(vision, "image_size"):
+            side = vision.image_size // vision.patch_size
+            return self.grid.frames, side**2, int(vision.hidden_size)
+        return self.grid.frames, self._side**2, int(vision.hidden_size)
+
+    def positions(self) -> Tensor:
+        length = self.prompt.before + self.grid.size + self.prompt.after
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+        ids[:, self.prompt.before : -self.prompt.after] = self._adapter.placeholder()
+        return self._adapter.positions(ids, torch.ones_like(ids), self.grid)
+
+
+class ActionSubject(Subject):
+    """One control step of an OpenVLA-shaped policy: two towers, a projector, Llama.
+
+    heads: `tokens` decodes each action dimension as a token; `parallel` reads all of a chunk at
+    once from slots behind the prompt, under attention without a causal mask, through an MLP.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        towers: list[Any],
+        projector: nn.Module,
+        llm: Any,
+        cameras: int,
+        text: int,
+        actions: int,
+        chunk: int = 0,
+    ) -> None:
+        self.name, self.weights = name, "random"
+        self._towers, self._projector = towers, projector
+        self.text_model, self.head = llm.model, llm.lm_head
+        vision = towers[0].config
+        side = vision.image_size // vision.patch_size
+        self._shape = (cameras, 3, vision.image_size, vision.image_size)
+        self.grid = PatchGrid(cameras, side, side)
+        if chunk:
+            self.head = _ParallelHead(llm.config.hidden_size, actions).to(self.device, self.dtype)
+            slots = actions * chunk
+            self.prompt = Prompt(before=1, after=text + slots, decode=0, slots=slots)
+        else:
+            self.prompt = Prompt(before=1, after=text, decode=actions - 1)
+
+    def pixels(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
+
+    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        count = self.grid.per_frame
+        seen = [tower(pixels).last_hidden_state[:, -count:] for tower in self._towers]
+        return (self._projector(torch.cat(seen, -1)).flatten(0, 1),)
+
+    def encode_flops(self) -> float:
+        images, patches = self.grid.frames, self.grid.per_frame
+        total = 2.0 * images * patches * linear_weights(self._projector)
+        for tower in self._towers:
+            config = tower.config
+            attention = 4.0 * config.hidden_size * patches * config.num_hidden_layers
+            total += images * patches * (2.0 * linear_weights(tower) + attention)
+        return total
+
+    def saliency_flops(self) -> float:
+        return 0.0
+
+    def positions(self) -> Tensor:
+        length = self.prompt.before + self.grid.size + self.prompt.after
+        return torch.arange(length, device=self.device)[None]
+
+
+class _ParallelHead(nn.Module):
+    """Hidden states of a chunk's slots [b, slots, d] -> actions [b, steps, a]: a residual MLP."""
+
+    def __init__(self, width: int, actions: int, blocks: int = 2) -> None:
+        super().__init__()
+        self._actions = actions
+        self.enter = nn.Sequential(
+            nn.LayerNorm(width * actions), nn.Linear(width * actions, width), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+            for _ in range(blocks)
+        )
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, actions))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.enter(hidden.unflatten(1, (-1, self._actions)).flatten(2))
+        for block in self.blocks:
+            x = x + block(x)
+        actions: Tensor = self.leave(x)
+        return actions
