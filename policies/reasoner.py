@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -42,16 +43,22 @@ class Prompt:
     shared: int
 
 
-class _FirstToken(StoppingCriteria):
-    """Notes when the first token was ready; never stops anything."""
+Listener = Callable[[Sequence[int]], bool]
+"""The first answer's token ids so far -> whether to stop."""
 
-    def __init__(self) -> None:
+
+class _Progress(StoppingCriteria):
+    """Notes when the first token was ready, and asks the listener, if there is one, to go on."""
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener = listener
         self.at_s: float | None = None
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         if self.at_s is None:
             self.at_s = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        stop = self._listener is not None and self._listener(input_ids[0].tolist())
+        return torch.full((input_ids.shape[0],), stop, device=input_ids.device)
 
 
 class VideoReasoner:
@@ -76,6 +83,7 @@ class VideoReasoner:
         self._reducer = reducer
         self._positions = positions
         self._max_new_tokens = max_new_tokens
+        self._listener: Listener | None = None
         self._needs_saliency = any(Signal.SALIENCY in s.needs for s in reducer.stages)
 
     @classmethod
@@ -116,7 +124,7 @@ class VideoReasoner:
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
         cache = None if inside else self._shared_prefill(prompt, cached)
-        first = _FirstToken()
+        first = _Progress(self._listener)
         with hooks:
             if inside:
                 span = VideoSpan(
@@ -148,6 +156,17 @@ class VideoReasoner:
             timings,
         )
 
+    @contextmanager
+    def generating(self, max_new_tokens: int, listener: Listener) -> Iterator[None]:
+        """Answers given within the block, by this thread alone, are so long at most, and `listener`
+        follows them token by token."""
+        before = self._max_new_tokens, self._listener
+        self._max_new_tokens, self._listener = max_new_tokens, listener
+        try:
+            yield
+        finally:
+            self._max_new_tokens, self._listener = before
+
     def live_cache(self, reanchor: str = "rotate") -> LiveCache:
         """An empty memory for one stream."""
         return LiveCache(self, reanchor)
@@ -162,6 +181,27 @@ class VideoReasoner:
         embed = self.adapter.text_model.get_input_embeddings()
         words: Tensor = embed(ids["input_ids"][0].to(self.adapter.model.device))
         return words
+
+    def text_tokens(self, question: str) -> int:
+        """Tokens of a prompt beside its visual ones."""
+        return len(self._ids(question, 0))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """What a reader sees of an answer; ends and other control tokens are left out."""
+        text: str = self._processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text.strip()
+
+    def control_tokens(self, text: str) -> list[str]:
+        """What of a text the tokenizer takes for something else than text."""
+        tokenizer = self._processor.tokenizer
+        ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids & special))]
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt and answer that the language model was made for."""
+        return int(self.adapter.text_model.config.max_position_embeddings)
 
     def _shared_prefill(self, prompt: Prompt, cached: DynamicCache | None) -> DynamicCache:
         """KV cache of the places that all rows share, for each row; a branch of `cached`, if given.
@@ -246,7 +286,7 @@ class VideoReasoner:
         answers = []
         for row, p in zip(output.sequences.tolist(), chance.tolist(), strict=True):
             stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-            text = self._processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
+            text = self.text_of(row[:stop])
             confidence = sum(p[: stop + 1]) / max(1, len(p[: stop + 1]))
             answers.append(Answer(text, tuple(row[:stop]), confidence))
         return tuple(answers)

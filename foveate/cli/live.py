@@ -69,6 +69,62 @@ def watch(
     command.watch(source, settings, questions, seconds, jsonl, record, rerun, archive)
 
 
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    stream: Annotated[
+        list[str] | None, typer.Option(help="Attach a camera of any kind: NAME=SOURCE.")
+    ] = None,
+    allow_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose files may be read as file://...")
+    ] = None,
+    allow_remote: Annotated[bool, typer.Option(help="Fetch http(s):// files.")] = False,
+    allow_private: Annotated[
+        bool, typer.Option(help="From private addresses too, and cameras there.")
+    ] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the API key.")
+    ] = None,
+    without_key: Annotated[
+        bool, typer.Option(help="Listen beyond this machine without an API key.")
+    ] = False,
+    max_body_mb: Annotated[float | None, typer.Option(help="MiB of a request.")] = None,
+    max_duration_s: Annotated[float | None, typer.Option(help="Of a video.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Of one picture.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Of one request.")] = None,
+    max_streams: Annotated[int | None, typer.Option(help="Attached at once.")] = None,
+    max_request_s: Annotated[float | None, typer.Option(help="For one request.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
+    reducer: Method = None,
+    device: Device = None,
+    config: ConfigFile = CONFIGS / "serve" / "default.yaml",
+    override: Override = None,
+) -> None:
+    """Answer over HTTP as OpenAI's API does: about pictures, videos and attached cameras."""
+    from stream.config import load
+
+    from ..commands import serve as command
+    from ..serve.service import ServeConfig
+
+    limits = {
+        "limits.body_mib": max_body_mb,
+        "limits.duration_s": max_duration_s,
+        "limits.pixels": max_pixels,
+        "limits.frames": max_frames,
+        "limits.streams": max_streams,
+        "limits.request_s": max_request_s,
+        "limits.queue": queue,
+    }
+    options = overrides(override, model=model, reducer=reducer, device=device, **limits)
+    settings = load(config, ServeConfig, options)
+    access = command.access_of(
+        host, api_key_env, without_key, allow_root or [], allow_remote, allow_private
+    )
+    command.serve(settings, access, host, port, stream or [])
+
+
 def duration_s(text: str) -> float:
     """`5s`, `500ms`, `1m` or plain seconds."""
     from stream.errors import ConfigError
