@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,8 @@ class Streams:
         self._session, self._config, self._settings = session, config, settings
         self._limits = limits
         self._cameras: dict[str, _Camera] = {}
+        self._lock = threading.Lock()
+        """Held while a stream comes or goes, and by who reads all of them."""
 
     def __len__(self) -> int:
         return len(self._cameras)
@@ -72,16 +75,19 @@ class Streams:
             )
         feed = open_feed(source, config.fps, self._settings)
         try:
-            self._session.attach(name, config)
+            with self._lock:
+                self._session.attach(name, config)
+                self._cameras[name] = _Camera(feed, config.mode)
         except BaseException:
             feed.close()
             raise
-        self._cameras[name] = _Camera(feed, config.mode)
 
     def detach(self, name: str) -> None:
         self.known(name)
-        self._cameras.pop(name).feed.close()
-        self._session.detach(name)
+        with self._lock:
+            camera = self._cameras.pop(name)
+            self._session.detach(name)
+        camera.feed.close()
 
     def known(self, name: str) -> None:
         """Raises Refusal if no stream has this name."""
@@ -109,7 +115,8 @@ class Streams:
 
     def rows(self) -> list[dict[str, Any]]:
         """How each stream fares, as plain data without secrets."""
-        return [self._row(name, camera) for name, camera in list(self._cameras.items())]
+        with self._lock:
+            return [self._row(name, camera) for name, camera in self._cameras.items()]
 
     def close(self) -> None:
         for camera in self._cameras.values():

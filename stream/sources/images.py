@@ -161,7 +161,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         if upright.has_transparency_data:
             clear = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
-        return np.asarray(upright.convert("RGB"))
+        return np.array(upright.convert("RGB"))
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:

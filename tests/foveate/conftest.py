@@ -8,7 +8,10 @@ import av
 import numpy as np
 import pytest
 
+from foveate.settings import reducer_of
+from policies.reasoner import VideoReasoner
 from policies.video.tiny.modeling import make_model, save_checkpoint
+from stream.reducers.base import Reducer
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+@pytest.fixture(scope="session")
+def serving() -> tuple[VideoReasoner, Reducer]:
+    """The model in the box, loaded once for all tests of the server."""
+    reducer = reducer_of("holitom_outer")
+    return VideoReasoner.load("tiny-video", reducer, "cpu"), reducer
