@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foveate.commands.watch import WatchConfig
+from foveate.serve.service import ServeConfig
 from foveate.settings import CONFIGS, AskConfig, DriveSettings, reducer_of, variants
 from stream.config import load
 from stream.live.engine import StreamEngine
@@ -25,9 +27,13 @@ def test_drive_configs_are_the_defaults_spelled_out(path: Path) -> None:
     assert config == DriveSettings()
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "watch").glob("*.yaml")))
-def test_watch_configs_load_and_fit_a_stream(path: Path) -> None:
-    config = load(path, WatchConfig)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(p, WatchConfig) for p in sorted((CONFIGS / "watch").glob("*.yaml"))]
+    + [(p, ServeConfig) for p in sorted((CONFIGS / "serve").glob("*.yaml"))],
+)
+def test_live_configs_load_and_fit_a_stream(path: Path, kind: Any) -> None:
+    config = load(path, kind)
     StreamEngine("x", config.stream, reducer_of(config.reducer, **config.settings))
 
 
@@ -38,4 +44,4 @@ def test_reducer_variants_build(name: str) -> None:
 
 def test_every_config_belongs_to_a_tested_kind() -> None:
     kinds = {p.parent.name for p in CONFIGS.rglob("*.yaml")}
-    assert kinds <= {"ask", "batch", "drive", "reducers", "watch"}
+    assert kinds <= {"ask", "batch", "drive", "reducers", "serve", "watch"}
