@@ -29,15 +29,10 @@ from stream.errors import ConfigError, SimulatorError, SourceError
 
 from . import make
 from .base import Environment, EnvironmentSpec
-from .demos import Noise, demonstrate, follow
+from .demos import FIRST_SEED, PATIENCE, Noise, common_spec, demonstrate, follow, hopeless
 
-FIRST_SEED = 1_000_000
-"""Demonstrations use seeds from here on; evaluate with smaller ones, and no episode is seen twice.
-"""
 IMAGES, ROWS, ABOUT = "images.npy", "rows.npz", "about.json"
 """`about.json` comes last: a folder without it is not whole."""
-PATIENCE = 4
-"""Attempts for each wanted episode, after which a task's expert counts as broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +102,7 @@ def collect(
         raise ConfigError("episodes_per_task and processes must be at least 1.")
     if (out / ABOUT).exists():
         raise ConfigError(f"{out} holds a collection; load it, or give another folder.")
-    spec = _common_spec(tasks)
+    spec = common_spec(tasks)
     out.mkdir(parents=True, exist_ok=True)
     with _workers(processes) as run:
         found = _search(run, tasks, episodes_per_task, FIRST_SEED * (seed + 1), noise)
@@ -158,10 +153,7 @@ def _search(
     while lacking := [f for f in found if len(f.seeds) < wanted]:
         for f in lacking:
             if f.tried >= PATIENCE * wanted:
-                raise SimulatorError(
-                    f"The expert of {f.task} succeeded in {len(f.seeds)} of {f.tried} episodes "
-                    f"with {noise}. Lower the noise, or leave the task out."
-                )
+                raise hopeless(f.task, len(f.seeds), f.tried, noise)
         jobs = [
             (f, first_seed + f.tried + i) for f in lacking for i in range(wanted - len(f.seeds))
         ]
@@ -202,19 +194,6 @@ def _record(
     }
     (out / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     return Collection.load(out)
-
-
-def _common_spec(tasks: Sequence[str]) -> EnvironmentSpec:
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise ConfigError(f"Tasks are {list(tasks)}; give at least one, each once.")
-    specs = []
-    for task in tasks:
-        with make(task) as env:
-            specs.append(env.spec)
-    robots = {(tuple(s.cameras.items()), s.dt_s, s.state_size, s.action_size) for s in specs}
-    if len(robots) > 1:
-        raise ConfigError(f"{', '.join(tasks)} have different robots; collect them apart.")
-    return specs[0]
 
 
 _held: dict[str, Environment] = {}

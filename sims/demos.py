@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stream.data import Observation
-from stream.errors import ConfigError
+from stream.errors import ConfigError, SimulatorError
 
-from .base import Environment
+from . import make
+from .base import Environment, EnvironmentSpec
 
+FIRST_SEED = 1_000_000
+"""Demonstrations use seeds from here on; evaluate with smaller ones, and no episode is seen twice.
+"""
+PATIENCE = 4
+"""Attempts for each wanted episode, after which a task's expert counts as broken."""
 LINGER = 8
 """Steps that are recorded after success, so that a policy learns to stay."""
 
@@ -39,7 +45,7 @@ CLEAN = Noise(levels=(0.0,), burst_rate=0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
+class Demonstration:
     """What was seen and wanted at each of n steps.
 
     images: uint8 [n, cameras, height, width, 3] in the order of the spec's cameras. state: float32
@@ -55,6 +61,28 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.action)
+
+
+def common_spec(tasks: Sequence[str]) -> EnvironmentSpec:
+    """The spec of the first task; raises ConfigError if the tasks' robots or cameras differ."""
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ConfigError(f"Tasks are {list(tasks)}; give at least one, each once.")
+    specs = []
+    for task in tasks:
+        with make(task) as env:
+            specs.append(env.spec)
+    robots = {(tuple(s.cameras.items()), s.dt_s, s.state_size, s.action_size) for s in specs}
+    if len(robots) > 1:
+        raise ConfigError(f"{', '.join(tasks)} have different robots; record them apart.")
+    return specs[0]
+
+
+def hopeless(task: str, succeeded: int, tried: int, noise: Noise) -> SimulatorError:
+    """The error for an expert that fails too often."""
+    return SimulatorError(
+        f"The expert of {task} succeeded in {succeeded} of {tried} episodes with {noise}. "
+        "Lower the noise, or leave the task out."
+    )
 
 
 def follow(
@@ -85,7 +113,7 @@ def follow(
     return solved
 
 
-def demonstrate(env: Environment, seed: int, noise: Noise = CLEAN) -> Episode | None:
+def demonstrate(env: Environment, seed: int, noise: Noise = CLEAN) -> Demonstration | None:
     """The expert's episode of this seed with pictures; None if the expert fails."""
     seen: list[Observation] = []
     actions: list[NDArray[np.float32]] = []
@@ -99,7 +127,7 @@ def demonstrate(env: Environment, seed: int, noise: Noise = CLEAN) -> Episode | 
     if not follow(env, seed, noise, look):
         return None
     cameras = env.spec.cameras
-    return Episode(
+    return Demonstration(
         seen[0].instruction,
         np.array([[o.images[camera] for camera in cameras] for o in seen], dtype=np.uint8),
         np.array([o.state for o in seen]),

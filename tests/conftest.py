@@ -1,4 +1,4 @@
-"""Guards around every test: seeded randomness, no network, and no GPU test that skips unseen."""
+"""Guards around every test: seeded randomness, no network, and no test that skips unseen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import hypothesis
@@ -57,6 +58,28 @@ def _seeded() -> Iterator[None]:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
+
+
+@cache
+def _no_pictures() -> str:
+    """Why MuJoCo cannot render here; empty if it can."""
+    import sims
+    from stream.errors import SimulatorError
+
+    try:
+        with sims.make("metaworld:reach") as env:
+            env.reset(0)
+            env.observe()
+    except SimulatorError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For tests that look through a simulator's cameras; FOVEATE_REQUIRE_GL=1 forbids to skip."""
+    if _no_pictures() and os.environ.get("FOVEATE_REQUIRE_GL") != "1":
+        pytest.skip(_no_pictures())
 
 
 def _own_names() -> set[str]:

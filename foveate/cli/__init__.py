@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from . import ask, bench, check, info, live, robot, speed
+from . import ask, bench, check, demos, info, live, robot, speed
 from .apps import app
 
-__all__ = ["app", "ask", "bench", "check", "info", "live", "main", "robot", "speed"]
+__all__ = ["app", "ask", "bench", "check", "demos", "info", "live", "main", "robot", "speed"]
 
 
 def main() -> None:

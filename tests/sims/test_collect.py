@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sims
-from sims.collect import FIRST_SEED, Collection, collect
-from sims.demos import CLEAN, LINGER, Noise, demonstrate, follow
+from sims.collect import Collection, collect
+from sims.demos import CLEAN, FIRST_SEED, LINGER, Noise, demonstrate, follow
 from stream.errors import ConfigError, SimulatorError, SourceError
 
 TASKS = ("metaworld:reach", "metaworld:plate-slide")
