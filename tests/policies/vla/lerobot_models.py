@@ -77,8 +77,11 @@ def tokenizer() -> Any:
 
 
 @cache
-def smolvlm_folder() -> str:
-    """What SmolVLA wants of its `vlm_model_name`: a configuration and a processor."""
+def smolvlm_folder(full_size: bool = False) -> str:
+    """What SmolVLA wants of its `vlm_model_name`: a configuration and a processor.
+
+    full_size: the shapes of SmolVLM2-500M.
+    """
     from transformers import (
         SmolVLMConfig,
         SmolVLMImageProcessor,
@@ -86,33 +89,24 @@ def smolvlm_folder() -> str:
         SmolVLMVideoProcessor,
     )
 
-    folder = Path(tempfile.mkdtemp(prefix="tiny-smolvlm-"))
+    folder = Path(tempfile.mkdtemp(prefix="smolvlm-"))
     SmolVLMProcessor(
         SmolVLMImageProcessor(), tokenizer(), SmolVLMVideoProcessor(), image_seq_len=PER_CAMERA
     ).save_pretrained(folder)
+    text = {"vocab_size": 49280, "hidden_size": 960, "intermediate_size": 2560}
+    text |= {"num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    vision |= {"num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+    if not full_size:
+        text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96}
+        text |= {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        vision |= {"num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+    head = text["hidden_size"] // text["num_attention_heads"]
     SmolVLMConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 256,
-            "attention_bias": False,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 8,
-        },
-        scale_factor=2,
+        text_config={"model_type": "llama", "head_dim": head, "pad_token_id": 0, **text},
+        vision_config=vision,
+        scale_factor=4 if full_size else 2,
         image_token_id=2,
         pad_token_id=0,
     ).save_pretrained(folder)
@@ -134,6 +128,16 @@ def smolvla(**settings: Any) -> Any:
         **settings,
     )
     return SmolVLAPolicy(config).eval()
+
+
+def smolvla_full_size() -> Any:
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    torch.manual_seed(0)
+    shape = features() | {"chunk_size": 50, "n_action_steps": 50}
+    shape |= {"max_state_dim": 32, "max_action_dim": 32}
+    return SmolVLAPolicy(SmolVLAConfig(**shape, vlm_model_name=smolvlm_folder(True))).eval()
 
 
 @contextmanager
@@ -221,11 +225,13 @@ def processors(policy: Any) -> tuple[Any, Any]:
     return before, after
 
 
-def batch(rows: int = 1, seed: int = 1, cameras: tuple[str, ...] = CAMERAS) -> dict[str, Any]:
+def batch(
+    rows: int = 1, seed: int = 1, cameras: tuple[str, ...] = CAMERAS, pixels: int = 64
+) -> dict[str, Any]:
     """Model inputs; the instruction is padded on the right, as lerobot's tokenizer step does."""
     generator = torch.Generator().manual_seed(seed)
     pictures = {
-        f"observation.images.{name}": torch.rand(rows, 3, 64, 64, generator=generator)
+        f"observation.images.{name}": torch.rand(rows, 3, pixels, pixels, generator=generator)
         for name in CAMERAS
     }
     words = torch.randint(6, 20, (rows, 9), generator=generator)
@@ -310,7 +316,8 @@ def _hiding_in_smolvla(truth: Truth) -> Iterator[None]:
         calls.append(layer)
         mask = truth.hide(layer, mask, prefill=step == 0)
         groups = query.shape[2] // key.shape[2]
-        logits = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(groups, 2))
+        keys = key.repeat_interleave(groups, 2)
+        logits = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys.float())
         logits = (logits * width**-0.5).masked_fill(~mask[:, None], torch.finfo(torch.float32).min)
         weights = logits.softmax(-1)[0].detach()
         if step == 0:

@@ -17,7 +17,7 @@ from stream.memory import Memory
 from stream.ops.history import AttentionHistory
 from stream.plan import Plan
 from stream.reducers.vla_pruner import STATE
-from stream.registry import reducer_names
+from stream.registry import build_reducer, reducer_names
 from stream.signals import Signal
 from tests.policies.vla import lerobot_models as models
 from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, KEYS, PER_CAMERA, STEPS, Truth
@@ -173,6 +173,23 @@ def test_the_history_is_the_experts_own_attention(policy: Any) -> None:
     rows = slice(-models.CHUNK, None)
     looked = torch.stack([truth.expert[layer][rows].mean(0) for layer in range(3, DEPTH)]).mean(0)
     torch.testing.assert_close(glance.value[kept], looked[kept], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(BUILDERS))
+def test_towers_in_half_precision(kind: str) -> None:
+    """As checkpoints have them: the towers in bfloat16, the projections around them not."""
+    policy = BUILDERS[kind](**({} if kind == "smolvla" else {"dtype": "bfloat16"}))
+    if kind == "smolvla":
+        policy.model.vlm_with_expert.vlm.to(torch.bfloat16)
+    expected = act(policy)
+    with attach(policy, "vla_pruner", retain=1.0):
+        assert torch.equal(act(policy), expected)
+    for layer in (None, 3):
+        with attach(policy, "vla_pruner", budget=10, layer=layer) as held:
+            act(policy)
+            actions = act(policy)
+        with Truth(policy, {layer or 0: dropped(held.plans[0])}).running():
+            torch.testing.assert_close(actions, act(policy), atol=0.02, rtol=0)
 
 
 # --- cameras
@@ -451,9 +468,13 @@ def test_a_compiled_policy_is_an_error(policy: Any) -> None:
 def test_reducers_that_do_not_fit_are_named_with_those_that_do(policy: Any) -> None:
     with pytest.raises(AttachError, match="cannot give saliency") as caught:
         attach(policy, "holitom", budget=10)
-    fitting = str(caught.value).split("fit: ")[1]
-    for name in reducer_names():
-        assert (name in fitting) == (name not in {"holitom", "saliency", "vla_cache"})
+    fitting = str(caught.value).split("fit: ")[1].rstrip(".").split(", ")
+    stages = {name: build_reducer(name).stages for name in reducer_names()}
+    assert fitting == [
+        name
+        for name, own in stages.items()
+        if not any(Signal.SALIENCY in stage.needs or stage.reuses for stage in own)
+    ]
 
 
 def test_a_budget_is_given_once(policy: Any) -> None:
