@@ -1,4 +1,4 @@
-"""Declares `foveate bench ttft | step | throughput`."""
+"""Declares `foveate bench ttft | step | throughput | select`."""
 
 from __future__ import annotations
 
@@ -145,3 +145,19 @@ def bench_throughput(
         as_json,
     )
     command.throughput(options, concurrency)
+
+
+@bench_app.command("select")
+def bench_select(
+    cameras: Annotated[str, typer.Option(help="Cameras of 256 tokens each, by comma.")] = "1,3",
+    retain: Annotated[float, typer.Option(help="Share of tokens to keep.")] = 0.125,
+    device: Device = None,
+    dtype: Dtype = None,
+    repeats: Repeats = 50,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time of VLA-Pruner's selection, launched as it stands and captured as a graph."""
+    from ..commands import bench_speed as command
+
+    command.select(cameras, retain, device, dtype, repeats, seed, as_json)

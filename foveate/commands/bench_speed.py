@@ -1,4 +1,4 @@
-"""`foveate bench ttft | step | throughput`."""
+"""`foveate bench ttft | step | throughput | select`."""
 
 from __future__ import annotations
 
@@ -112,6 +112,41 @@ def throughput(options: Timing, concurrency: str) -> None:
     out.print(_throughput_table(result))
 
 
+def select(
+    cameras: str,
+    retain: float,
+    device: str | None,
+    dtype: str | None,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """One row for each number of cameras."""
+    from ..timing.select import selection_cost
+
+    device, kind = _where(device, dtype)
+    rows = [selection_cost(int(c), retain, repeats, seed, kind, device) for c in cameras.split(",")]
+    if as_json:
+        print_json({"machine": machine(device), "rows": rows})
+        return
+    cells = [
+        (r["tokens"], r["kept"], *(f"{r[how]['p50']:.3f}" for how in ("eager", "graph")))
+        for r in rows
+    ]
+    title = f"VLA-Pruner's selection, median ms, {machine(device)}"
+    out.print(table(title, ("tokens", "kept", "eager", "graph"), cells))
+
+
+def _where(device: str | None, dtype: str | None) -> tuple[str, Any]:
+    """(device, dtype): what was given, or a GPU if there is one and its usual type."""
+    import torch
+
+    from ..timing.shapes import dtype_of
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype_of(dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+
+
 def _prepared(options: Timing) -> tuple[Any, Any]:
     """(subject, reducer) of some options."""
     import warnings
@@ -126,9 +161,7 @@ def _prepared(options: Timing) -> tuple[Any, Any]:
     quiet()
     warnings.simplefilter("once")
     torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.startswith("cuda")
-    dtype = shapes.dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"))
+    device, dtype = _where(options.device, options.dtype)
     subject = shapes.subject(
         options.model, options.frames, options.decode, options.cameras, device, dtype
     )
@@ -220,7 +253,8 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
         "TFLOP",
         "first x",
         "total x",
-        "agrees",
+        "error",
+        "same tokens",
     )
     cells = [_latency_cells(row, stages, max(1, result["decode"])) for row in result["rows"]]
     title = (
@@ -235,7 +269,7 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
 def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) -> tuple[str, ...]:
     ms = row["ms"]
     if not ms:
-        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 11)
+        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 12)
     faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
     return (
         row["arm"],
@@ -250,7 +284,7 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
         f"{sum(row['tflop'].values()):.3g}",
         f"{faster['first']:.2f}" if faster else "-",
         f"{faster['total']:.2f}" if faster else "-",
-        next((f"{v:.3g}" for v in agreed.values()), "-"),
+        *(f"{agreed[k]:.2g}" if k in agreed else "-" for k in ("relative_error", "equal_tokens")),
     )
 
 

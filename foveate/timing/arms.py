@@ -37,8 +37,11 @@ class Arm(ABC):
     """One way to answer `batch` requests at once; a context manager around each call.
 
     visual: visual tokens that enter the language model. layer_tokens: and each of its layers.
-    first: stages until the first token, or the actions, are there.
+    first: stages until the first token, or the actions, are there. said: logits of the first token
+    or actions of the last call, [batch, ...].
     """
+
+    said: Tensor
 
     first: ClassVar[tuple[str, ...]] = ("encode", "reduce", "prefill")
 
@@ -146,11 +149,10 @@ class EagerArm(Arm):
                 self._expect(plans)
             cache = DynamicCache(config=subject.text_model.config)
             hidden = self._forward(cache, ids, embeds)
-            said = subject.head(hidden[:, -max(1, prompt.slots) :])
+            self.said = subject.head(hidden[:, -max(1, prompt.slots) :])
         if prompt.slots:
-            actions: Tensor = said
-            return actions
-        tokens = [said[:, -1:].argmax(-1)]
+            return self.said
+        tokens = [self.said[:, -1:].argmax(-1)]
         with clock.stage("tokens"):
             for step in range(1, prompt.decode + 1):
                 embeds = subject.text_model.get_input_embeddings()(tokens[-1])
@@ -198,8 +200,9 @@ class FixedArm(Arm):
         padding = 0 if prompt.slots else -real % TEXT_STEP
         self.after = torch.nn.functional.pad(self.after, (0, 0, 0, padding))
         self.bucket = self._bucket()
+        eager = GraphPool(subject.device, enabled=False)
         self._encode = Program(
-            pool,
+            eager if subject.encoder_waits else pool,
             f"The encoder of {subject.name}",
             lambda pixels: subject.encode(pixels, self.needs_saliency),
         )
@@ -236,8 +239,8 @@ class FixedArm(Arm):
             anchor = torch.stack([plan.anchor for plan in plans])
             embeds = torch.cat([self.before, x.to(self.before.dtype), self.after], 1)
             ids = self._position_ids(anchor, self.after.shape[1])
-            said = decoder.prefill(self.bucket, embeds, ids, self._lengths, anchor)
-        return said.clone() if prompt.slots else self._decoded(clock)
+            self.said = decoder.prefill(self.bucket, embeds, ids, self._lengths, anchor)
+        return self.said.clone() if prompt.slots else self._decoded(clock)
 
     def attached(self) -> AbstractContextManager[Any]:
         return self.decoder
@@ -275,5 +278,5 @@ class AttachedArm(FixedArm):
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
         with clock.stage("question"):
             self.decoder.rewind()
-            self.decoder.extend(self.bucket, self.after[:, 1:], self._question)
+            self.said = self.decoder.extend(self.bucket, self.after[:, 1:], self._question)
         return self._decoded(clock)

@@ -26,6 +26,9 @@ Samples = dict[str, dict[str, list[float]]]
 FIRST = "first"
 """Everything until the first token or the actions are there, by the device's clock."""
 
+DISTINCT = 4
+"""Different pictures among the requests of a batch."""
+
 TOTAL = "total"
 """All stages of a request, by the device's clock."""
 
@@ -42,13 +45,15 @@ def interleaved(
 ) -> tuple[Samples, dict[str, Tensor], dict[str, float]]:
     """Requests of all arms in rounds, each round in a new random order.
 
-    Returns the samples, what each arm answered to the same pixels, and the device memory in MiB
-    that each arm needed at its peak beyond what was held before. An arm that runs out of memory
-    has no samples. seconds: after which no new round begins, once there are three.
+    Returns the samples, what each arm answered to the same pixels (its tokens or actions under its
+    key, the first logits under `key said`), and the device memory in MiB that each arm needed at
+    its peak beyond what was held before. An arm that runs out of memory has no samples.
+    seconds: after which no new round begins, once there are three.
     """
     subject = arms[0].subject
     clock = StageClock(subject.device)
-    pixels = {b: [subject.pixels(seed + i) for i in range(b)] for b in {a.batch for a in arms}}
+    distinct = [subject.pixels(seed + i) for i in range(min(DISTINCT, max(a.batch for a in arms)))]
+    pixels = {a.batch: [distinct[i % DISTINCT] for i in range(a.batch)] for a in arms}
     samples: Samples = {}
     answers: dict[str, Tensor] = {}
     peaks: dict[str, float] = {}
@@ -58,6 +63,7 @@ def interleaved(
                 arm.prepare(pixels[arm.batch])
                 with clock.request():
                     answers[arm.key] = arm.run(clock, pixels[arm.batch]).cpu()
+                    answers[f"{arm.key} said"] = arm.said.float().cpu()
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
@@ -128,7 +134,12 @@ def rows_of(
             }
         twin = arm.key.replace("graph", "eager", 1)
         if twin != arm.key and arm.key in answers and twin in answers:
-            row["agreement"] = agreement(answers[arm.key], answers[twin])
+            row["agreement"] = agreement(
+                answers[arm.key],
+                answers[twin],
+                answers[f"{arm.key} said"],
+                answers[f"{twin} said"],
+            )
         rows.append(row)
     return rows
 
@@ -146,11 +157,12 @@ def quantiles(samples_ms: Sequence[float]) -> dict[str, float]:
     }
 
 
-def agreement(one: Tensor, other: Tensor) -> dict[str, float]:
-    """Share of equal tokens; for actions the largest difference."""
-    if one.is_floating_point():
-        return {"largest_difference": float((one - other).abs().max())}
-    return {"equal_tokens": float((one == other).float().mean())}
+def agreement(answer: Tensor, other: Tensor, said: Tensor, other_said: Tensor) -> dict[str, float]:
+    """Relative error of the first logits or the actions, and the share of equal tokens."""
+    error = float((said - other_said).norm() / other_said.norm())
+    if answer.is_floating_point():
+        return {"relative_error": error}
+    return {"equal_tokens": float((answer == other).float().mean()), "relative_error": error}
 
 
 def card_of(

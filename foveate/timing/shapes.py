@@ -93,7 +93,7 @@ def action_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> 
     llama = {**LLAMA_7B, **TINY, "vocab_size": 300} if tiny else LLAMA_7B
     towers = [
         _random(AutoModel, Dinov2WithRegistersConfig(**dino), device, dtype),
-        _random(AutoModel, SiglipVisionConfig(**siglip), device, dtype).vision_model,
+        _random(AutoModel, SiglipVisionConfig(**siglip), device, dtype),
     ]
     llm = _random(AutoModelForCausalLM, LlamaConfig(**llama), device, dtype)
     width = dino["hidden_size"] + siglip["hidden_size"]
@@ -137,7 +137,7 @@ def _random(family: Any, config: PreTrainedConfig, device: str, dtype: torch.dty
     torch.manual_seed(0)
     with torch.device(device):
         model = family.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _llava_onevision(vision: Size, text: Size, image_size: int) -> PreTrainedConfig:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from policies.adapter import SaliencyTap, adapter_for
 from stream.data import PatchGrid
 
+QWEN_SIDE = 28
+"""Patches along each side of a picture; 2 x 2 of them become a token, so 196 a grid frame."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -41,6 +44,11 @@ class Subject(ABC):
     grid: PatchGrid
     text_model: Any
     head: nn.Module
+
+    @property
+    def encoder_waits(self) -> bool:
+        """Whether the encoder asks the device for values, so that no graph can hold it."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -97,23 +105,28 @@ class VideoSubject(Subject):
         with torch.inference_mode():
             self.grid = self._adapter.features(self._inputs(self.pixels(0)))[1]
 
+    @property
+    def encoder_waits(self) -> bool:
+        return hasattr(self._adapter.model.model, "visual")
+
     def pixels(self, seed: int) -> Tensor:
         vision = self._adapter.model.config.vision_config
         generator = torch.Generator().manual_seed(seed)
-        if hasattr(vision, "image_size"):
-            shape: tuple[int, ...] = (1, self._frames, 3, vision.image_size, vision.image_size)
-        else:
+        if self.encoder_waits:
             size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            shape = (self._frames // vision.temporal_patch_size * self._side**2, size)
+            shape: tuple[int, ...] = (
+                self._frames // vision.temporal_patch_size * QWEN_SIDE**2,
+                size,
+            )
+        else:
+            shape = (1, self._frames, 3, vision.image_size, vision.image_size)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
-
-    _side = 28
 
     def _inputs(self, pixels: Tensor) -> dict[str, Any]:
         if pixels.ndim == 5:
             return {"pixel_values": pixels}
-        times = pixels.shape[0] // self._side**2
-        return {"pixels": pixels, "thw": torch.tensor([[times, self._side, self._side]])}
+        times = pixels.shape[0] // QWEN_SIDE**2
+        return {"pixels": pixels, "thw": torch.tensor([[times, QWEN_SIDE, QWEN_SIDE]])}
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         if not saliency:
@@ -125,7 +138,7 @@ class VideoSubject(Subject):
 
     def encode_flops(self) -> float:
         model, (images, patches, width) = self._adapter.model.model, self._patches()
-        if hasattr(model, "visual"):
+        if self.encoder_waits:
             tower, group = model.visual, model.visual.config.spatial_merge_size**2
             whole = len(tower.config.fullatt_block_indexes)
             windows = (tower.config.window_size // tower.config.patch_size) ** 2
@@ -145,10 +158,8 @@ class VideoSubject(Subject):
     def _patches(self) -> tuple[int, int, int]:
         """(images, patches of each, width) as the encoder sees them."""
         vision = self._adapter.model.config.vision_config
-        if hasattr(vision, "image_size"):
-            side = vision.image_size // vision.patch_size
-            return self.grid.frames, side**2, int(vision.hidden_size)
-        return self.grid.frames, self._side**2, int(vision.hidden_size)
+        side = QWEN_SIDE if self.encoder_waits else vision.image_size // vision.patch_size
+        return self.grid.frames, side**2, int(vision.hidden_size)
 
     def positions(self) -> Tensor:
         length = self.prompt.before + self.grid.size + self.prompt.after
