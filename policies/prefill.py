@@ -11,7 +11,7 @@ from stream.data import Budget, PatchGrid, VisualTokens
 from stream.errors import AttachError
 from stream.memory import Memory
 from stream.plan import Plan
-from stream.reducers.base import Reducer, reduce_stage
+from stream.reducers.base import Reducer, reduce_batch
 from stream.signals import Signal, Signals
 
 from .query_rows import QueryRows
@@ -33,13 +33,14 @@ class VideoSpan:
     signals: Signals
     memory: Memory = field(default_factory=Memory)
 
-    def reduced(self, reducer: Reducer, x: Tensor, inside: dict[Signal, Tensor]) -> Plan:
-        """Run one stage over this video's rows of x [t, d]; signals `inside` are [t, ...]."""
+    def entering(
+        self, reducer: Reducer, x: Tensor, inside: dict[Signal, Tensor]
+    ) -> tuple[VisualTokens, Signals]:
+        """What a stage is given of this video's rows of x [t, d]; signals `inside` are [t, ...]."""
         tokens = VisualTokens(x[self.slots], self.plan.anchor, self.grid, self.pts_s)
-        signals = self.signals
-        if reducer.site.in_llm:
-            signals = Signals({signal: value[self.slots] for signal, value in inside.items()})
-        return reduce_stage(reducer, tokens, signals, self.budget, self.memory)
+        if not reducer.site.in_llm:
+            return tokens, self.signals
+        return tokens, Signals({signal: value[self.slots] for signal, value in inside.items()})
 
 
 @dataclass(slots=True)
@@ -107,10 +108,23 @@ class Prefill:
         """x [b, n, d] -> (x of what is left [b, k, d], its places among the n, long [b, k])."""
         if self.inputs is not None:
             inside = inside | {Signal.INPUT_EMBEDDINGS: self.inputs}
+        all_spans = [(i, span) for i, spans in enumerate(self.rows) for span in spans]
+        given = [
+            span.entering(reducer, x[i], {signal: v[i] for signal, v in inside.items()})
+            for i, span in all_spans
+        ]
+        made = iter(
+            reduce_batch(
+                reducer,
+                [tokens for tokens, _ in given],
+                [signals for _, signals in given],
+                [span.budget for _, span in all_spans],
+                [span.memory for _, span in all_spans],
+            )
+        )
         whole, rows = [], []
-        for i, spans in enumerate(self.rows):
-            local = {signal: value[i] for signal, value in inside.items()}
-            plans = [(s.slots, s.reduced(reducer, x[i], local)) for s in spans]
+        for spans in self.rows:
+            plans = [(span.slots, next(made)) for span in spans]
             lifted = lift(plans, x.shape[1], x.device)
             slot_of = torch.empty(x.shape[1], dtype=torch.long, device=x.device)
             slot_of[lifted.anchor] = torch.arange(lifted.k, device=x.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -114,18 +115,53 @@ class Reducer(BaseModel, ABC):
         memory: the stream's own; the only state a reducer may keep.
         """
 
+    def plan_batch(
+        self,
+        tokens: Sequence[VisualTokens],
+        signals: Sequence[Signals],
+        budget: Budget,
+        memories: Sequence[Memory],
+    ) -> list[Plan]:
+        """`plan` of several streams with as many tokens each; a method of many small steps takes
+        them together."""
+        each = zip(tokens, signals, memories, strict=True)
+        return [self.plan(t, s, budget, memory) for t, s, memory in each]
 
-def reduce_stage(
-    reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
-) -> Plan:
-    """Run one stage as the pipeline does: count, declared signals only, identity when all fit."""
-    k = reducer.keeps(tokens.n, budget)
-    if k >= tokens.n:
-        return Plan.identity(tokens.n, tokens.x.device)
+    def is_ready(self, memory: Memory) -> bool:
+        """Whether this stream's next plan meets the budget; false while a method warms up."""
+        return True
+
+
+def reduce_batch(
+    reducer: Reducer,
+    tokens: Sequence[VisualTokens],
+    signals: Sequence[Signals],
+    budgets: Sequence[Budget],
+    memories: Sequence[Memory],
+) -> list[Plan]:
+    """Run one stage for several streams: count, declared signals only, identity when all fit.
+
+    Streams with as many tokens and as large budgets go through the reducer together.
+    """
+    kinds = {(t.n, budget) for t, budget in zip(tokens, budgets, strict=True)}
+    if len(kinds) != 1:
+        each = zip(tokens, signals, budgets, memories, strict=True)
+        return [reduce_stage(reducer, *one) for one in each]
+    ((n, budget),) = kinds
+    k = reducer.keeps(n, budget)
+    if k >= n:
+        return [Plan.identity(n, t.x.device) for t in tokens]
     if k < 1 and not reducer.site.in_llm:
         raise BudgetError(
             "0 visual tokens were asked for before the language model; at least 1 must reach it. "
             "Raise the budget, or drop the rest later with a reducer inside the model."
         )
-    stage_budget = Budget(k, budget.deadline_ms)
-    return reducer.plan(tokens, signals.declared_by(reducer.needs), stage_budget, memory)
+    declared = [s.declared_by(reducer.needs) for s in signals]
+    return reducer.plan_batch(tokens, declared, Budget(k, budget.deadline_ms), memories)
+
+
+def reduce_stage(
+    reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
+) -> Plan:
+    """`reduce_batch` of one stream."""
+    return reduce_batch(reducer, [tokens], [signals], [budget], [memory])[0]

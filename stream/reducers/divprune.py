@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,16 @@ class DivPrune(Reducer):
         return Site(self.layer)
 
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        everyone = torch.ones(1, tokens.n, dtype=torch.bool, device=tokens.x.device)
-        (picked,) = spread.farthest(tokens.x[None], everyone, budget.tokens)
-        return Plan.keep(picked.sort().values, tokens.n)
+        return self.plan_batch([tokens], [signals], budget, [memory])[0]
+
+    def plan_batch(
+        self,
+        tokens: Sequence[VisualTokens],
+        signals: Sequence[Signals],
+        budget: Budget,
+        memories: Sequence[Memory],
+    ) -> list[Plan]:
+        x = torch.stack([t.x for t in tokens])
+        everyone = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        picked = spread.farthest(x, everyone, budget.tokens).sort(-1).values
+        return [Plan.keep(own, x.shape[1]) for own in picked]

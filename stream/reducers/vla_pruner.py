@@ -8,6 +8,7 @@ robot with three cameras is a grid of three frames; a camera that is missing lea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,6 +69,11 @@ def remember(
     """
     history: AttentionHistory = memory.state.get(STATE, AttentionHistory(epoch))
     memory.state[STATE] = history.push(attention, index, grid.size, time_s=time_s, epoch=epoch)
+
+
+def _history(memory: Memory) -> AttentionHistory:
+    history: AttentionHistory = memory.state.get(STATE, AttentionHistory())
+    return history
 
 
 class _NeedsOfSettings:
@@ -134,14 +140,36 @@ class VLAPruner(Reducer):
         return range(depth // 2, depth)
 
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        semantic = signals[SIGNAL_OF[self.semantic]].detach()
-        x = tokens.x if self.layer is None else signals[Signal.INPUT_EMBEDDINGS]
-        history: AttentionHistory = memory.state.get(STATE, AttentionHistory())
-        if self.mode != "default" and len(history.glances) < self.window:
-            return Plan.identity(tokens.n, x.device)
-        candidate, count = self.candidates(tokens, semantic, history, budget.tokens)
-        kept = _thin_out(_on_grid(x.detach(), tokens, 0.0), candidate, count, budget.tokens)
-        return Plan.keep(picks.top(kept[tokens.index].byte(), budget.tokens), tokens.n)
+        return self.plan_batch([tokens], [signals], budget, [memory])[0]
+
+    def plan_batch(
+        self,
+        tokens: Sequence[VisualTokens],
+        signals: Sequence[Signals],
+        budget: Budget,
+        memories: Sequence[Memory],
+    ) -> list[Plan]:
+        """The filter, a chain of as many picks as the budget, runs once for all streams."""
+        k, plans = budget.tokens, [Plan.identity(t.n, t.x.device) for t in tokens]
+        ready, features, unions, counts = [], [], [], []
+        for i, (video, memory) in enumerate(zip(tokens, memories, strict=True)):
+            semantic = signals[i][SIGNAL_OF[self.semantic]].detach()
+            x = video.x if self.layer is None else signals[i][Signal.INPUT_EMBEDDINGS]
+            if not self.is_ready(memory):
+                continue
+            union, count = self.candidates(video, semantic, _history(memory), k)
+            ready.append(i)
+            features.append(_on_grid(x.detach(), video, 0.0))
+            unions.append(union)
+            counts.append(count)
+        if ready:
+            kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k)
+            for i, own in zip(ready, kept.view(len(ready), -1), strict=True):
+                plans[i] = Plan.keep(picks.top(own[tokens[i].index].byte(), k), tokens[i].n)
+        return plans
+
+    def is_ready(self, memory: Memory) -> bool:
+        return self.mode == "default" or len(_history(memory).glances) >= self.window
 
     def candidates(
         self, tokens: VisualTokens, semantic: Tensor, history: AttentionHistory, k: int
@@ -231,7 +259,7 @@ def _shares_of_one(score: Tensor, present: Tensor) -> Tensor:
 
 
 def _thin_out(x: Tensor, candidate: Tensor, count: Tensor, k: int) -> Tensor:
-    """The `count` most diverse candidates of each group, bool [g * p], k in all.
+    """The `count` most diverse candidates of each group, bool [g * p], k in all of a stream.
 
     x: [g * p, d]; candidate: bool [g, p] with at least `count` (long [g]) and at most 2 * k in
     each group, so the filter runs on so many rows, without asking the device how many there are.

@@ -16,11 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stream.data import Budget, VisualTokens
-from stream.memory import Memory
+from stream.data import VisualTokens
 from stream.plan import Plan
-from stream.reducers.base import Reducer, reduce_stage
-from stream.signals import Signal, Signals
+from stream.reducers.base import Reducer, reduce_batch
+from stream.signals import Signal
 from tests.policies import tiny_models
 
 NEW = 6
@@ -58,15 +57,16 @@ def watching() -> Iterator[list[Seen]]:
     seen: list[Seen] = []
 
     def watched(
-        reducer: Reducer, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory
-    ) -> Plan:
-        plan = reduce_stage(reducer, tokens, signals, budget, memory)
-        given = {signal: signals[signal].clone() for signal in reducer.needs}
-        seen.append(Seen(reducer, tokens, plan, given))
-        return plan
+        reducer: Reducer, tokens: Any, signals: Any, budgets: Any, memories: Any
+    ) -> list[Plan]:
+        plans = reduce_batch(reducer, tokens, signals, budgets, memories)
+        for video, said, plan in zip(tokens, signals, plans, strict=True):
+            given = {signal: said[signal].clone() for signal in reducer.needs}
+            seen.append(Seen(reducer, video, plan, given))
+        return plans
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("policies.prefill.reduce_stage", watched)
+        patch.setattr("policies.prefill.reduce_batch", watched)
         yield seen
 
 
