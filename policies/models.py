@@ -17,7 +17,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 def in_the_box() -> dict[str, Path]:
-    """Names of the shipped video models and where they lie; '-' in a name is '_' on disk."""
+    """Names of the shipped models and where they lie; '-' in a name is '_' on disk."""
     folders = (p for p in CHECKPOINTS.iterdir() if (p / "config.json").is_file())
     return {p.name.replace("_", "-"): p for p in sorted(folders)}
 

@@ -26,9 +26,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from policies.vla.openvla import OpenVLAPolicy, load
+from policies.models import quiet
+from policies.vla import load
+from policies.vla.openvla import OpenVLAPolicy
 from stream.config import parse
 from stream.data import Budget, Observation
+from stream.errors import ConfigError
 from stream.memory import Memory
 from stream.reducers.base import Reducer
 from stream.reducers.identity import Identity
@@ -72,7 +75,9 @@ class Cell:
     def of(cls, method: str, keep: float) -> Cell:
         """method: such as fastv, vla_pruner:mode=paper or vla_pruner:layer=2."""
         name, *settings = method.split(":")
-        return cls(method, keep, parse("", reducer_class(name), settings, origin=method))
+        reducer = parse("", reducer_class(name), settings, origin=method)
+        shown = [s for s in settings if not s.startswith("layer=")]
+        return cls(":".join([name, *shown]), keep, reducer)
 
 
 def cells_of(methods: Sequence[str], keeps: Sequence[float], controls: bool) -> list[Cell]:
@@ -111,13 +116,21 @@ class Player:
                 images, batch.state, batch.instructions, self._memories(batch), strict=True
             )
         ]
-        with self.lock:
-            return self._act(batch, seen)
+        ready = [self.policy.reducer.is_ready(memory) for memory in self._memories(batch)]
+        chunks = np.empty((len(seen), spec.execute, spec.action_size), np.float32)
+        for alike in (True, False):
+            part = [i for i, is_ready in enumerate(ready) if is_ready == alike]
+            if part:
+                with self.lock:
+                    chunks[part] = self._act(
+                        [batch.slots[i] for i in part], [seen[i] for i in part]
+                    )
+        return chunks
 
-    def _act(self, batch: Batch, seen: Sequence[Observation]) -> NDArray[np.float32]:
-        policy, memories = self.policy, self._memories(batch)
+    def _act(self, slots: Sequence[int], seen: Sequence[Observation]) -> NDArray[np.float32]:
+        policy, memories = self.policy, [self.memories[slot] for slot in slots]
         budget = Budget.ratio(self.cell.keep, of=policy.spec.grid.size)
-        epochs = [self.epochs[slot] for slot in batch.slots]
+        epochs = [self.epochs[slot] for slot in slots]
         prefixes = policy.prefill_batch(policy.encode_batch(seen), budget, memories, epochs)
         chunks, attention = policy.act_batch(prefixes, seen)
         for prefix, one, memory in zip(prefixes, attention, memories, strict=True):
@@ -192,7 +205,7 @@ def summary(out: Path) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", default="tiny-vla", help="a name in the box, or a folder")
     parser.add_argument("--tasks", default=",".join(f"metaworld:{task}" for task in STATIC))
     parser.add_argument("--episodes", type=int, default=40, help="for each task")
     parser.add_argument("--first-seed", type=int, default=0, help="below the demonstrations' seeds")
@@ -201,7 +214,9 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true", help="also blank and foreign pictures")
     parser.add_argument("--device")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=100, help="episodes played at once")
+    parser.add_argument(
+        "--slots", type=int, default=50, help="episodes played at once, for each cell"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="cells that share the processes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -211,7 +226,10 @@ def main() -> None:
     cells = cells_of(methods, [float(k) for k in args.keep.split(",")], args.controls)
     todo = list(missing(cells, jobs, args.out))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    policy, lock = load(args.model, args.device), Lock()
+    quiet()
+    policy, lock = load(args.model, device=args.device), Lock()
+    if not isinstance(policy, OpenVLAPolicy):
+        raise ConfigError(f"'{args.model}' cannot play in batches; `foveate drive` plays it alone.")
     processes, slots = args.processes // args.at_once, min(args.slots, len(jobs))
     with ExitStack() as stack:
         pools: SimpleQueue[Pool] = SimpleQueue()

@@ -189,7 +189,7 @@ class OpenVLAPolicy(VLAPolicy):
             memory.tick += 1
         layers: list[Any] = cache.layers
         lengths = tuple(layer.get_seq_length() for layer in layers)
-        plans = [_among(row[0].plan, places) for row in self._hooks.rows]
+        plans = [row[0].plan.among(places) for row in self._hooks.rows]
         return [
             Prefix(
                 plan=plans[i],
@@ -334,31 +334,24 @@ class OpenVLAPolicy(VLAPolicy):
         return held[0]
 
 
-def _among(plan: Plan, places: Tensor) -> Plan:
-    """A plan over all cameras' tokens as one over those at `places`, which hold all it reads."""
-    if places.numel() == plan.n:
-        return plan
-    rank = torch.empty(plan.n, dtype=torch.long, device=places.device)
-    rank[places] = torch.arange(places.numel(), device=places.device)
-    if plan.is_gather:
-        return Plan.keep(rank[plan.anchor], places.numel())
-    row, col, weight = plan.entries()
-    return Plan.merge(rank[plan.anchor], row, rank[col], weight, places.numel())
-
-
-def load(folder: str | Path, device: str | None = None, name: str | None = None) -> OpenVLAPolicy:
-    """A policy from a folder written by `save_pretrained` of the network and of its tokenizer.
+def load(name: str, reducer: Reducer | None = None, device: str | None = None) -> OpenVLAPolicy:
+    """A policy from a folder or hub name to which the network and its tokenizer were saved.
 
     device: default is CUDA where there is one; float32 on a CPU, bfloat16 on a GPU. Raises
-    AttachError for a folder without such a policy.
+    AttachError for what cannot be loaded, also where weights are missing.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    read: Any = OpenVLA.from_pretrained
     try:
-        model: Any = OpenVLA.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model, notes = read(name, dtype=dtype, output_loading_info=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise AttachError(
-            f"There is no OpenVLA-shaped policy in {folder}: {str(error).splitlines()[0]}"
+            f"There is no OpenVLA-shaped policy in '{name}': {str(error).splitlines()[0]}"
         ) from error
-    return OpenVLAPolicy(model.to(device), tokenizer, name=name or Path(folder).name)
+    if missing := sorted(notes["missing_keys"]):
+        raise AttachError(
+            f"'{name}' lacks {len(missing)} weights ({missing[0]}, ...), which would be random."
+        )
+    return OpenVLAPolicy(model.to(device), tokenizer, reducer, Path(name).name)
