@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..settings import CONFIGS
-from .apps import app
-from .options import ConfigFile, Device, Method, Model, Override, Runner, overrides
+from .apps import app, bench_app
+from .options import ConfigFile, Device, Json, Method, Model, Override, Runner, overrides
 
 
 @app.command()
@@ -138,3 +138,44 @@ def duration_s(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"'{text}' is no duration; give one like 5s, 500ms or 1m.")
     return value
+
+
+@bench_app.command("stream")
+def bench_stream(
+    measure: Annotated[
+        str,
+        typer.Argument(help="first-token, accuracy, past, sharing, long or cameras."),
+    ],
+    model: Annotated[str, typer.Option(help="Name in the box or folder.")] = "tiny-video",
+    reducer: Annotated[str, typer.Option(help="One that acts before the model.")] = (
+        "holitom_outer"
+    ),
+    videos: Annotated[int, typer.Option(help="Held-out clips; about 12 questions each.")] = 86,
+    frames: Annotated[int, typer.Option(help="Of the long run.")] = 30_000,
+    seconds: Annotated[float, typer.Option(help="Of each drop policy, for cameras.")] = 30.0,
+    fps: Annotated[float, typer.Option(help="Asked of each camera.")] = 4.0,
+    data: Annotated[Path, typer.Option(help="Folder of the clips.")] = Path("runs/quality/data"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of random choices and resampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/stream"),
+    as_json: Json = False,
+) -> None:
+    """What streaming saves in time and costs in answers, memory over an hour, four cameras."""
+    from ..commands import bench_stream as command
+
+    command.stream(
+        measure,
+        model,
+        reducer,
+        videos,
+        frames,
+        seconds,
+        fps,
+        data,
+        device,
+        threads,
+        seed,
+        out,
+        as_json,
+    )

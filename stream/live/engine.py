@@ -84,7 +84,8 @@ class StreamEngine:
         self._offered_s: float | None = None
         self._accepted_s: float | None = None
         self._group = -1
-        self.novelty = 1.0
+        self.novelty = 0.0
+        """Share of patches that change from frame to frame, over the last seconds."""
         self.counts = Counts()
         self.events: list[Event] = []
         """What happened, for a record; whoever reads it clears it."""
@@ -189,6 +190,8 @@ class StreamEngine:
         return Part(self._group, video)
 
     def _renew(self, changed: float, pts_s: float) -> None:
-        passed_s = 0.0 if self._offered_s is None else pts_s - self._offered_s
-        self._offered_s = pts_s
-        self.novelty += (changed - self.novelty) * (1 - math.exp(-passed_s / _NOVELTY_S))
+        """The first frame is new to the model, but says nothing about change."""
+        before_s, self._offered_s = self._offered_s, pts_s
+        if before_s is not None:
+            weight = 1 - math.exp((before_s - pts_s) / _NOVELTY_S)
+            self.novelty += (changed - self.novelty) * weight

@@ -31,7 +31,7 @@ from stream.sources.live_values import LiveFrame
 
 from .budget_bucket import shares
 from .engine import Counts, StreamEngine, Wanted
-from .store import Archive, Window, most_relevant, relevance
+from .store import Archive, Window, most_relevant
 from .values import Event, LiveReply, Part, StreamConfig, joined
 
 
@@ -133,6 +133,11 @@ class Session:
     def window(self, name: str) -> tuple[Part, ...]:
         return tuple(self._of(name).window.parts)
 
+    def tail(self, name: str) -> ReducedVideo | None:
+        """What waits for its segment, as a question would see it now."""
+        with self._lock:
+            return self._of(name).engine.tail()
+
     def step(self, arrived: Mapping[str, Sequence[LiveFrame]]) -> list[Event]:
         """Take in frames, of each stream in order; encodes those of all streams together."""
         with self._lock:
@@ -203,10 +208,9 @@ class Session:
         tail: ReducedVideo | None,
     ) -> tuple[list[ReducedVideo], int]:
         """(held pieces in time order, how many of them from the archive)."""
-        held: list[ReducedVideo] = []
         archive = stream.archive
         groups = archive.groups() if span_s is None else archive.between(*span_s)
-        held += [archive.get(g) for g in groups]
+        held = [archive.get(g) for g in groups]
         live = [p.video for p in stream.window.parts] + ([tail] if tail else [])
         if span_s is not None:
             first_s, last_s = span_s
@@ -217,11 +221,7 @@ class Session:
                 f"Nothing of {span_s} s is held of the stream '{stream.engine.name}'; "
                 f"it holds {self._held_span(stream)}."
             )
-        ranked = sorted(
-            ((relevance(v, words), i, v.grid.frames) for i, v in enumerate(held)),
-            key=lambda r: (-r[0], r[1]),
-        )
-        chosen = most_relevant(ranked, stream.engine.config.window_frames)
+        chosen = most_relevant(held, words, stream.engine.config.window_frames)
         return [held[i] for i in chosen], sum(i < len(groups) for i in chosen)
 
     def _held_span(self, stream: _Attached) -> str:

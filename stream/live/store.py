@@ -19,16 +19,27 @@ from .values import Part, joined
 _MIB = 1 << 20
 
 
-def relevance(video: ReducedVideo, words: Tensor) -> float:
-    """Cosine of the mean token and the mean word; both live in the language model's input space.
+def relevances(videos: Sequence[ReducedVideo], words: Tensor) -> list[float]:
+    """How much each piece has to do with a question.
 
-    words: [w, d] embeddings of a question.
+    Tokens and words live in the language model's input space: of each word, the cosine with its
+    nearest token in a piece. Words count by how much that tells the pieces apart, so that the
+    filler words of a question do not matter.
+
+    words: [w, d], the embeddings of the question.
     """
-    x = video.x.float()
-    if x.shape[0] == 0:
-        return -1.0
-    mean = words.float().mean(0, keepdim=True).to(x.device)
-    return float(similarity.cosine(x.mean(0, keepdim=True), mean))
+    words = words.float()
+    nearest = torch.stack(
+        [
+            similarity.cosine(words, v.x.float().to(words.device)).amax(1)
+            if v.plan.k
+            else words.new_full((words.shape[0],), -1.0)
+            for v in videos
+        ]
+    )
+    weight = nearest.std(0, correction=0) + 1e-6
+    scores: list[float] = (nearest @ (weight / weight.sum())).tolist()
+    return scores
 
 
 class Window:
@@ -56,17 +67,19 @@ class Window:
         while self.parts and self.frames + part.frames > self._limit:
             groups = list(dict.fromkeys(p.group for p in self.parts))
             older = [g for g in groups if g != part.group] or groups
-            leaving = min(older, key=self._worth)
+            leaving = self._least(older)
             left += [p for p in self.parts if p.group == leaving]
             self.parts = [p for p in self.parts if p.group != leaving]
         self.parts.append(part)
         return left
 
-    def _worth(self, group: int) -> tuple[float, int]:
+    def _least(self, groups: Sequence[int]) -> int:
+        """The group that leaves next; of equally relevant ones the oldest."""
         if self._evict == "oldest" or self._words is None:
-            return 0.0, group
-        video = joined([p.video for p in self.parts if p.group == group])
-        return relevance(video, self._words), group
+            return min(groups)
+        videos = [joined([p.video for p in self.parts if p.group == g]) for g in groups]
+        worth = relevances(videos, self._words)
+        return min(zip(worth, groups, strict=True))[1]
 
 
 class Archive:
@@ -152,11 +165,12 @@ def _read(path: Path) -> ReducedVideo:
     return ReducedVideo(held["x"], plan, grid, tuple(held["pts_s"].tolist()), Budget(tokens))
 
 
-def most_relevant(ranked: Sequence[tuple[float, int, int]], frames: int) -> list[int]:
-    """Of (relevance, key, frames), best first: the keys that fit in `frames` frames, ascending."""
+def most_relevant(videos: Sequence[ReducedVideo], words: Tensor, frames: int) -> list[int]:
+    """Which of the pieces, ascending, fit in `frames` frames when the most relevant go first."""
+    ranked = sorted(enumerate(relevances(videos, words)), key=lambda r: (-r[1], r[0]))
     chosen = []
-    for _, key, size in ranked:
-        if size <= frames:
-            frames -= size
-            chosen.append(key)
+    for index, _ in ranked:
+        if videos[index].grid.frames <= frames:
+            frames -= videos[index].grid.frames
+            chosen.append(index)
     return sorted(chosen)

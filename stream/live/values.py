@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stream.config import Config
 from stream.data import Budget, Segment
@@ -76,12 +75,6 @@ class Part:
     def span_s(self) -> tuple[float, float]:
         """Presentation times of the first and the last frame."""
         return self.video.pts_s[0], self.video.pts_s[-1]
-
-    @property
-    def mean(self) -> Tensor:
-        """float32 [d], the mean of its tokens; zeros if it has none."""
-        x = self.video.x.float()
-        return x.mean(0) if x.shape[0] else x.new_zeros(x.shape[1])
 
 
 def joined(videos: Sequence[ReducedVideo]) -> ReducedVideo:

@@ -14,7 +14,7 @@ from stream.data import Budget, PatchGrid
 from stream.errors import BudgetError
 from stream.live.budget_bucket import TokenBucket, shares
 from stream.live.gate import FrameClock, PixelGate, block_means
-from stream.live.store import Archive, Window, most_relevant, relevance
+from stream.live.store import Archive, Window, most_relevant, relevances
 from stream.live.values import Part, joined
 from stream.pipeline import ReducedVideo
 from stream.plan import Plan
@@ -135,15 +135,18 @@ def test_archive_forgets_the_oldest_beyond_its_limit(tmp_path: Path, on_disk: bo
     assert len(list(tmp_path.iterdir())) == (2 if on_disk else 0)
 
 
-def test_relevance_and_choice() -> None:
-    words = torch.tensor([[1.0, 0.0]])
-    assert relevance(video(0.0, [2.0, 0.0]), words) == pytest.approx(1.0)
-    assert relevance(video(0.0, [0.0, 1.0]), words) == pytest.approx(0.0)
+def test_relevance_counts_the_words_that_tell_pieces_apart() -> None:
     empty = ReducedVideo(
         torch.zeros(0, 2), Plan.keep(torch.arange(0), 4), PatchGrid(1, 2, 2), (0.0,), Budget(0)
     )
-    assert relevance(empty, words) == -1.0
-    assert most_relevant([(0.9, 7, 4), (0.5, 2, 4), (0.1, 1, 2)], frames=6) == [1, 7]
+    held = [video(0.0, [2.0, 0.0]), video(2.0, [0.0, 1.0]), video(4.0, [1.0, 1.0]), empty]
+    words = torch.tensor([[1.0, 0.0]])
+    assert relevances(held, words) == pytest.approx([1.0, 0.0, 0.5**0.5, -1.0], abs=1e-5)
+    filler = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    same = [video(0.0, [1.0, 0.0]), video(2.0, [0.0, 1.0])]
+    assert relevances(same, filler) == pytest.approx([1.0, 0.0], abs=1e-5)
+    assert most_relevant(held, words, frames=4) == [0, 2]
+    assert most_relevant(held, words, frames=3) == [0, 3]
 
 
 def test_joined_plans_act_on_joined_inputs() -> None:
