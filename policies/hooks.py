@@ -110,6 +110,13 @@ class ReductionHooks:
         """
         self._expected = _Expected(rows, text_from, prompt)
 
+    def adopt(self, cache: Any, rows: list[list[VideoSpan]], length: int) -> None:
+        """Go on from a cache of `length` tokens that was filled without the hooks and from which
+        nothing left; rows: the videos of each sequence."""
+        prompt = torch.ones(len(rows), length, dtype=torch.bool)
+        state = Prefill(rows, length, QueryRows(prompt, prompt, 0), length=length, running=False)
+        self._prefill = self._by_cache[cache] = state
+
     def forget(self) -> None:
         """The next prefill runs untouched, whatever was announced."""
         self._expected = None

@@ -31,6 +31,7 @@ from ..action_attention import ActionAttention
 from ..fit import check_fit
 from ..hooks import INSIDE, ReductionHooks
 from ..prefill import VideoSpan
+from . import reusing
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
 from .openvla_model import OpenVLA
 
@@ -68,7 +69,7 @@ class OpenVLAPolicy(VLAPolicy):
         self.model, self.tokenizer = model, tokenizer
         self.reducer = reducer or Identity()
         self.device = model.device
-        check_fit(name, self.reducer, frozenset({Signal.TEXT_ROWS}), INSIDE)
+        check_fit(name, self.reducer, frozenset({Signal.TEXT_ROWS}), INSIDE, reuses=True)
         config = model.config
         self._spec = PolicySpec(
             name=name,
@@ -81,7 +82,8 @@ class OpenVLAPolicy(VLAPolicy):
             dt_s=config.dt_s,
         )
         layers: Any = model.language_model.layers
-        self._hooks = ReductionHooks(model.language_model, layers, self.reducer.stages, "keep")
+        stages = () if self.reducer.reuses else self.reducer.stages
+        self._hooks = ReductionHooks(model.language_model, layers, stages, "keep")
         pruner = self.reducer if isinstance(self.reducer, VLAPruner) else VLAPruner()
         self._action_layers = pruner.action_layers(len(layers))
         self._texts: dict[str, Tensor] = {}
@@ -167,24 +169,36 @@ class OpenVLAPolicy(VLAPolicy):
         gaps = torch.cat([places.new_zeros(1), 1 + places, 1 + everything + place[: longest - 1]])
         position = gaps[(place - pad).clamp_min(0)]
         mask = place >= pad if any(pads) else None
-        cache = DynamicCache()
         spans = [
-            [
-                VideoSpan(
-                    slots=torch.arange(p + 1, p + 1 + n, device=self.device),
-                    grid=self._spec.grid,
-                    pts_s=(scene.observation.time_s,) * self._spec.grid.frames,
-                    budget=budget,
-                    plan=Plan.keep(places, everything),
-                    signals=Signals(scene.signals),
-                    memory=memory,
-                )
-            ]
+            VideoSpan(
+                slots=torch.arange(p + 1, p + 1 + n, device=self.device),
+                grid=self._spec.grid,
+                pts_s=(scene.observation.time_s,) * self._spec.grid.frames,
+                budget=budget,
+                plan=Plan.keep(places, everything),
+                signals=Signals(scene.signals),
+                memory=memory,
+            )
             for scene, p, memory in zip(scenes, pads, memories, strict=True)
         ]
-        with self._hooks:
-            self._hooks.expect(spans, text_from=1 + n + min(pads))
-            self.model.decode(rows, cache, position, mask)
+        if self.reducer.reuses:
+            cache, tokens = reusing.prefill(
+                self.model.language_model,
+                self._hooks,
+                self.reducer,
+                spans,
+                (rows, position, mask),
+                [
+                    (epoch, scene.cameras, len(text), p)
+                    for epoch, scene, text, p in zip(epochs, scenes, texts, pads, strict=True)
+                ],
+            )
+        else:
+            cache = DynamicCache()
+            with self._hooks:
+                self._hooks.expect([[span] for span in spans], text_from=1 + n + min(pads))
+                self.model.decode(rows, cache, position, mask)
+            tokens = self._hooks.rows[0][0].plan.k
         for memory in memories:
             memory.tick += 1
         layers: list[Any] = cache.layers
@@ -195,7 +209,7 @@ class OpenVLAPolicy(VLAPolicy):
                 plan=plans[i],
                 grid=scene.grid,
                 cameras=scene.cameras,
-                tokens=plans[i].k,
+                tokens=tokens,
                 cache=_Held(cache, lengths, position[:, -1:] + 1, mask, places, i),
                 observed_s=scene.observation.time_s,
                 epoch=epochs[i],

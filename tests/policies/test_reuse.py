@@ -27,7 +27,7 @@ def whole(model: Any, x: Tensor) -> tuple[Tensor, DynamicCache]:
 
 def reusing(model: Any, x: Tensor, anew: Tensor, before: DynamicCache) -> Any:
     with torch.no_grad():
-        return prefill_reusing(model, x, anew, before)
+        return prefill_reusing(model, x, anew.expand(len(x), -1), before)
 
 
 def largest_difference(a: DynamicCache, b: DynamicCache) -> float:
@@ -78,6 +78,26 @@ def test_a_changed_last_patch_that_is_computed_leaves_no_error() -> None:
     assert torch.allclose(ours, hidden[:, 12:], atol=1e-5)
     stale, _ = reusing(model, moved, torch.arange(13, N), before)
     assert not torch.allclose(stale, hidden[:, 13:], atol=1e-3)
+
+
+def test_sequences_of_a_batch_reuse_their_own_rows_behind_their_own_padding() -> None:
+    model, x = decoder("llama"), drawn(2, N, 64)
+    pads = torch.tensor([[0], [3]])
+    shown = torch.arange(N) >= pads
+    position = (torch.arange(N) - pads).clamp_min(0)
+    changed = x.clone()
+    changed[0, 12], changed[1, 10] = drawn(2, 64, seed=7)
+    how = {"attention_mask": shown, "position_ids": position}
+    before, truth = (DynamicCache(config=model.config) for _ in range(2))
+    anew = torch.tensor([[*range(12, N), 0, 1], [*range(10, N)]]).sort(1).values
+    with torch.no_grad():
+        model(inputs_embeds=x, past_key_values=before, **how)
+        hidden = model(inputs_embeds=changed, past_key_values=truth, **how).last_hidden_state
+        ours, cache = prefill_reusing(model, changed, anew, before, position, shown)
+    assert torch.allclose(ours, hidden.take_along_dim(anew[..., None], 1), atol=1e-5)
+    for one, two in zip(cache.layers, truth.layers, strict=True):
+        assert torch.allclose(one.keys[0], two.keys[0], atol=1e-5)
+        assert torch.allclose(one.keys[1, :, 3:], two.keys[1, :, 3:], atol=1e-5)
 
 
 def test_what_is_reused_is_what_it_was_and_before_stays() -> None:
