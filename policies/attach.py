@@ -1,8 +1,10 @@
-"""Pruning on a user's own transformers model, in two lines, removed without a trace."""
+"""Pruning on a user's own model, in two lines, removed without a trace."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -19,8 +21,10 @@ from stream.signals import Signal, Signals
 from .adapter import SaliencyTap, adapter_for
 from .hooks import Positions, ReductionHooks
 from .prefill import VideoSpan
+from .vla.base import VLAPolicy
 from .vla.families import family_of, is_lerobot
 from .vla.flow_attach import FlowAttachment
+from .vla.policy_attach import PolicyAttachment
 
 
 class Attachment:
@@ -133,6 +137,45 @@ class Attachment:
         return Budget(min(self._tokens or 0, n))
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What `attach` does with one kind of model.
+
+    fits: whether a model is of it. default: its usual reducer. attached: from the model, the
+    reducer and `attach`'s other arguments.
+    """
+
+    fits: Callable[[Any], bool]
+    default: str
+    attached: Callable[..., Attachment | FlowAttachment | PolicyAttachment]
+
+
+def _video(
+    model: Any, reducer: Reducer, positions: Positions, dt_s: float, **rest: Any
+) -> Attachment:
+    return Attachment(model, reducer, positions=positions, **rest)
+
+
+def _lerobot(
+    model: Any, reducer: Reducer, positions: Positions, dt_s: float, **rest: Any
+) -> FlowAttachment:
+    return FlowAttachment(family_of(model), reducer, dt_s=dt_s, **rest)
+
+
+def _policy(
+    model: Any, reducer: Reducer, positions: Positions, dt_s: float, **rest: Any
+) -> PolicyAttachment:
+    return PolicyAttachment(model, reducer, **rest)
+
+
+KINDS = (
+    Kind(is_lerobot, "vla_pruner", _lerobot),
+    Kind(lambda model: isinstance(model, VLAPolicy), "vla_pruner", _policy),
+    Kind(lambda model: True, "holitom", _video),
+)
+"""The first one that fits is taken; the last says itself what it supports."""
+
+
 def attach(
     model: Any,
     reducer: str | Reducer | None = None,
@@ -143,7 +186,7 @@ def attach(
     seed: int = 0,
     dt_s: float = 1 / 30,
     **settings: Any,
-) -> Attachment | FlowAttachment:
+) -> Any:
     """Prune the visual tokens of a model while the block runs.
 
         with attach(model, "holitom", retain=0.15):  # a transformers video LLM
@@ -152,22 +195,27 @@ def attach(
         with attach(policy, "vla_pruner", budget=64):  # a lerobot policy
             policy.select_action(batch)
 
+        with attach(policy, "vla_pruner", budget=128) as pruned:  # of `policies.vla.load`
+            pruned.act(observation)
+
     reducer: a name (`foveate methods` lists them) with its settings, or a Reducer; default is
     `holitom` for a video LLM and `vla_pruner` for a policy.
     retain: share of the visual tokens to keep, or budget: their number; of each video, or of all
     cameras of a policy together.
     positions: of video LLMs; `keep` lets every token stand where its anchor stood, `renumber`
-    closes the gaps. dt_s: of policies; control period, by which past steps age when the batches
-    hold no `timestamp`.
+    closes the gaps. dt_s: of lerobot's policies; control period, by which past steps age when the
+    batches hold no `timestamp`.
+
+    Returns an `Attachment`, a `FlowAttachment` or a `PolicyAttachment`.
     """
-    policy = is_lerobot(model)
     if settings and isinstance(reducer, Reducer):
         raise ConfigError(
             f"{type(reducer).__name__} is built already, so {sorted(settings)} cannot be set; "
             "give its name instead."
         )
+    kind = next(kind for kind in KINDS if kind.fits(model))
     if not isinstance(reducer, Reducer):
-        reducer = build_reducer(reducer or ("vla_pruner" if policy else "holitom"), **settings)
-    if policy:
-        return FlowAttachment(family_of(model), reducer, retain, budget, seed, dt_s)
-    return Attachment(model, reducer, retain, budget, positions, seed)
+        reducer = build_reducer(reducer or kind.default, **settings)
+    return kind.attached(
+        model, reducer, positions=positions, dt_s=dt_s, retain=retain, budget=budget, seed=seed
+    )

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from stream.data import ActionChunk, Budget, Observation, PatchGrid
+from stream.errors import AttachError
 from stream.memory import Memory
 from stream.plan import Plan
+from stream.reducers.base import Reducer
 from stream.signals import Signal
 
 
@@ -80,6 +82,10 @@ class VLAPolicy(ABC):
     @property
     @abstractmethod
     def spec(self) -> PolicySpec: ...
+
+    def pruned_by(self, reducer: Reducer) -> VLAPolicy:
+        """The same network pruned by another reducer; this policy stays as it is."""
+        raise AttachError(f"{type(self).__name__} cannot be given another reducer.")
 
     @abstractmethod
     def encode(self, observation: Observation) -> Scene:

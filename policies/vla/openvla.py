@@ -99,7 +99,6 @@ class OpenVLAPolicy(VLAPolicy):
         return self._spec
 
     def pruned_by(self, reducer: Reducer) -> OpenVLAPolicy:
-        """The same network with another reducer."""
         return OpenVLAPolicy(self.model, self.tokenizer, reducer, self._spec.name)
 
     def encode(self, observation: Observation) -> Scene:

@@ -59,16 +59,13 @@ class Everything(Reducer):
 
 
 class ByLength(Reducer):
-    """Keeps as many tokens as the seed says, so that sequences of a batch differ."""
+    """Keeps one token more at every second call, so that sequences of a batch differ."""
 
     calls: ClassVar[list[int]] = []
 
-    def keeps(self, n: int, budget: Budget) -> int:
-        self.calls.append(n)
-        return min(n, 4 + len(self.calls) % 2)
-
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        return Plan.keep(torch.arange(budget.tokens), tokens.n)
+        self.calls.append(tokens.n)
+        return Plan.keep(torch.arange(4 + len(self.calls) % 2), tokens.n)
 
 
 class Fails(Saliency):

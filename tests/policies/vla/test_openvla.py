@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from policies.attach import attach
 from policies.vla import load
 from policies.vla.openvla import OpenVLAPolicy
 from policies.vla.openvla_model import OpenVLA, openvla_7b
 from stream.data import Budget, Observation
-from stream.errors import AttachError, ConfigError, ValueShapeError
+from stream.errors import AttachError, BudgetError, ConfigError, ValueShapeError
 from stream.memory import Memory
 from stream.reducers.vla_pruner import STATE, VLAPruner, begin_episode
 from stream.registry import build_reducer
@@ -281,3 +282,20 @@ def test_a_folder_gives_the_same_policy_back(tmp_path: Path) -> None:
     assert np.array_equal(run(one, seen, WHOLE, Memory()), run(again, seen, WHOLE, Memory()))
     with pytest.raises(AttachError, match="There is no policy"):
         load(str(tmp_path / "nothing"), device="cpu")
+
+
+def test_attach_gives_a_policy_that_remembers_its_episode() -> None:
+    one, pruner = policy("parallel"), VLAPruner(layer=2)
+    seen = [observation(i, time_s=0.1 * i) for i in range(3)]
+    memory = Memory()
+    expected = [run(one.pruned_by(pruner), o, Budget(8), memory) for o in seen]
+    with attach(one, "vla_pruner", budget=8, layer=2) as pruned:
+        for _ in range(2):
+            for o, actions in zip(seen, expected, strict=True):
+                assert np.array_equal(pruned.act(o).actions, actions)
+            assert pruned.plan.k == 8
+            pruned.reset()
+    with attach(one, retain=1.0) as whole:
+        assert np.array_equal(whole.act(seen[0]).actions, plainly(one, seen[0]).numpy())
+    with pytest.raises(BudgetError, match="exactly one"):
+        attach(one, "fastv", budget=8, retain=0.5)
