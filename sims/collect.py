@@ -42,8 +42,8 @@ class Collection:
     images: uint8 [n, cameras, height, width, 3], memory-mapped. state: float32 [n, s]. action:
     float32 [n, a]. pixels: float32 [n, cameras, things, 2], where the environment's landmarks are
     in the images. starts: int64 [e + 1], the first row of each episode and n. task, instruction:
-    int64 [e], positions in `tasks` and `instructions`. dt_s: between frames. dropped: task ->
-    attempts of the expert that failed.
+    int64 [e], positions in `tasks` and `instructions`. seed: int64 [e]. dt_s: between frames.
+    dropped: task -> attempts of the expert that failed.
     """
 
     images: NDArray[np.uint8]
@@ -53,6 +53,7 @@ class Collection:
     starts: NDArray[np.int64]
     task: NDArray[np.int64]
     instruction: NDArray[np.int64]
+    seed: NDArray[np.int64]
     tasks: tuple[str, ...]
     instructions: tuple[str, ...]
     cameras: tuple[str, ...]
@@ -184,6 +185,7 @@ def _record(
         starts=starts,
         task=np.repeat(np.arange(len(found)), [len(f.seeds) for f in found]),
         instruction=np.array([instructions.index(s) for s in said]),
+        seed=np.array([seed for _, seed in episodes]),
     )
     about = {
         "tasks": [f.task for f in found],

@@ -75,7 +75,7 @@ def _no_pictures() -> str:
     return ""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pictures() -> None:
     """For tests that look through a simulator's cameras; FOVEATE_REQUIRE_GL=1 forbids to skip."""
     if _no_pictures() and os.environ.get("FOVEATE_REQUIRE_GL") != "1":

@@ -14,6 +14,7 @@ from foveate.cli import app
 from sims.demos import FIRST_SEED, Noise, demonstrate
 from stream.errors import ConfigError, SimulatorError
 
+pytestmark = pytest.mark.usefixtures("pictures")
 runner = CliRunner()
 
 
@@ -23,7 +24,6 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.usefixtures("pictures")
 def test_a_recorded_episode_is_what_lerobot_opens(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     command = ("demos", "metaworld:reach", "--out", str(folder), "--json", "--episodes")

@@ -10,6 +10,7 @@ from sims.base import Environment, StepResult
 from sims.tasks import TASKS
 from stream.errors import UnknownNameError
 
+pytestmark = pytest.mark.usefixtures("pictures")
 NAMES = [f"metaworld:{task}" for task in TASKS]
 MOVING = [name for name in NAMES if TASKS[name.removeprefix("metaworld:")].moving]
 
@@ -137,7 +138,6 @@ def test_a_jump_must_be_followed() -> None:
         assert play(env, 3).success
 
 
-@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_robot_sees(name: str) -> None:
     with sims.make(name) as env:
@@ -160,7 +160,6 @@ def test_what_the_robot_sees(name: str) -> None:
         assert (later.images["scene"] != seen.images["scene"]).any()
 
 
-@pytest.mark.usefixtures("pictures")
 def test_cameras_are_upright() -> None:
     """The far wall is above the table; what lies away from the robot is above in the wrist view."""
     with sims.make("metaworld:push") as env:
@@ -174,7 +173,6 @@ def test_cameras_are_upright() -> None:
         assert camera[1, 1] > 0.9
 
 
-@pytest.mark.usefixtures("pictures")
 def test_markers_of_the_target_are_not_drawn() -> None:
     with sims.make("metaworld:drawer-open") as env:
         env.reset(0)
@@ -186,7 +184,6 @@ def test_markers_of_the_target_are_not_drawn() -> None:
         np.testing.assert_array_equal(before[camera], after[camera])
 
 
-@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("name", ["metaworld:reach", "metaworld:push", "metaworld:pick-place"])
 def test_the_goal_is_seen(name: str) -> None:
     """In the colour that the instruction names, in nearly every scene."""
