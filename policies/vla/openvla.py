@@ -188,7 +188,7 @@ class OpenVLAPolicy(VLAPolicy):
                 spans,
                 (rows, position, mask),
                 [
-                    (epoch, scene.cameras, len(text), p)
+                    (p, (epoch, scene.cameras, len(text)))
                     for epoch, scene, text, p in zip(epochs, scenes, texts, pads, strict=True)
                 ],
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,7 +20,6 @@ from stream.reducers.base import Reducer, reduce_stage
 from stream.reducers.vla_cache import STATE
 
 from ..hooks import ReductionHooks
-from ..kvcache import branch
 from ..prefill import VideoSpan, lift
 from ..reuse import prefill_reusing
 
@@ -28,11 +28,12 @@ BEFORE = "prefix_before"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Laid:
-    """A prompt of the tick before: one row of a cache. layout: all that decides where its tokens
-    stand; prompts of another layout cannot reuse it."""
+    """A prompt of the tick before: one row of a cache, behind `pad` entries of padding. layout: all
+    that decides where its tokens stand; prompts of another layout cannot reuse it."""
 
     cache: DynamicCache
     row: int
+    pad: int
     layout: Hashable
 
 
@@ -42,7 +43,7 @@ def prefill(
     reducer: Reducer,
     spans: Sequence[VideoSpan],
     prompt: tuple[Tensor, Tensor, Tensor | None],
-    layouts: Sequence[Hashable],
+    layouts: Sequence[tuple[int, Hashable]],
 ) -> tuple[DynamicCache, int]:
     """Prefill one prompt for each span, and remember it in the span's memory.
 
@@ -51,11 +52,12 @@ def prefill(
 
     spans: the visual tokens of each prompt, unreduced. prompt: rows [b, n, d], their positions
     long [b, n], and bool [b, n], False for padding, or None without any. Returns a cache of all n
-    rows, and how many visual tokens of each prompt were computed.
+    rows, and how many visual tokens of each prompt were computed. layouts: of each prompt, the
+    padding on its left and its `Laid.layout`.
     """
     rows, position, shown = prompt
     memories = [span.memory for span in spans]
-    before = _recalled(memories, layouts)
+    before = _recalled(memories, layouts, rows.shape[1])
     if before is None:
         for memory in memories:
             memory.state.pop(STATE, None)
@@ -91,28 +93,39 @@ def prefill(
         )
         _, cache = prefill_reusing(text_model, rows, anew, before, position, shown)
         hooks.adopt(cache, listed, n)
-    for row, (memory, layout) in enumerate(zip(memories, layouts, strict=True)):
-        memory.state[BEFORE] = Laid(cache, row, layout)
+    for row, (memory, (pad, layout)) in enumerate(zip(memories, layouts, strict=True)):
+        memory.state[BEFORE] = Laid(cache, row, pad, layout)
     return cache, computed
 
 
-def _recalled(memories: Sequence[Memory], layouts: Sequence[Hashable]) -> DynamicCache | None:
-    """The prompts of the tick before as one cache; None unless each is there and laid out so."""
-    laid = []
-    for memory, layout in zip(memories, layouts, strict=True):
-        one: Laid | None = memory.state.get(BEFORE)
-        if one is None or one.layout != layout:
-            return None
-        laid.append(one)
+def _recalled(
+    memories: Sequence[Memory], layouts: Sequence[tuple[int, Hashable]], length: int
+) -> DynamicCache | None:
+    """The prompts of the tick before as one cache of `length` entries, padded as those of now are;
+    None unless each is there and laid out alike."""
+    held: list[Laid | None] = [memory.state.get(BEFORE) for memory in memories]
+    pads = [pad for pad, _ in layouts]
+    laid = [o for o, (_, now) in zip(held, layouts, strict=True) if o and o.layout == now]
+    if len(laid) < len(held):
+        return None
     first = laid[0].cache
-    layers: list[Any] = first.layers
-    in_order = all(one.cache is first and one.row == row for row, one in enumerate(laid))
-    if in_order and layers[0].keys.shape[0] == len(laid):
-        return first
-    joined = branch(first, layers[0].keys.shape[0])
-    layers = list(joined.layers)
-    for depth, layer in enumerate(layers):
-        held: list[tuple[Any, int]] = [(one.cache.layers[depth], one.row) for one in laid]
-        layer.keys = torch.stack([before.keys[row] for before, row in held])
-        layer.values = torch.stack([before.values[row] for before, row in held])
-    return joined
+    if all(
+        one.cache is first and (one.row, one.pad) == now
+        for one, now in zip(laid, enumerate(pads), strict=True)
+    ):
+        whole: Any = first.layers[0]
+        if whole.keys.shape[0] == len(laid):
+            return first
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        rows = []
+        for tensor, one, pad in zip(tensors, laid, pads, strict=True):
+            row = tensor[one.row, :, one.pad : one.pad + length - pad]
+            rows.append(F.pad(row, (0, 0, pad, 0)))
+        return torch.stack(rows)
+
+    together = DynamicCache()
+    for depth in range(len(first.layers)):
+        layers: list[Any] = [one.cache.layers[depth] for one in laid]
+        together.update(joined([x.keys for x in layers]), joined([x.values for x in layers]), depth)
+    return together

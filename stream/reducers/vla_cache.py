@@ -47,6 +47,12 @@ class VLACache(Reducer):
         """While there is nothing to reuse, `plan` keeps all tokens, whatever `keeps` says."""
         return "published"
 
+    def action_layers(self, depth: int) -> range:
+        return range(depth // 2, depth)
+
+    def is_ready(self, memory: Memory) -> bool:
+        return STATE in memory.state
+
     def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
         x = tokens.x.detach().float()
         computed: Tensor | None = memory.state.get(STATE)

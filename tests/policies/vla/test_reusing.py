@@ -98,7 +98,7 @@ def test_another_episode_or_layout_is_computed_whole(change: str) -> None:
     elif change == "epoch":
         epoch = 1
     elif change == "camera":
-        memory.state[BEFORE] = replace(memory.state[BEFORE], layout=(0, ("scene",), 4, 0))
+        memory.state[BEFORE] = replace(memory.state[BEFORE], layout=(0, ("scene",), 4))
     else:
         seen = observation(1, text=1)
     actions, computed = tick(one, seen, 4, memory, epoch)
@@ -108,15 +108,20 @@ def test_another_episode_or_layout_is_computed_whole(change: str) -> None:
 
 
 def test_episodes_of_a_batch_are_what_they_are_alone() -> None:
-    """One text is shorter, so it stands behind padding; in the third tick the order is another."""
+    """One text is shorter, so it stands behind padding; then the order is another; then it is alone
+    and without padding."""
     one = policy("parallel", VLACache())
     first = [observation(0, text=0), observation(1, text=1)]
     second = [other_wrist(first[0], observation(2)), other_wrist(first[1], observation(3))]
     third = [other_wrist(first[0], observation(4)), other_wrist(first[1], observation(5))]
+    last = other_wrist(first[0], observation(6))
     alone = []
     for episode in zip(first, second, third, strict=True):
         memory = Memory()
         alone.append([tick(one, seen, 9, memory)[0] for seen in episode])
+
+        if len(alone) == 1:
+            expected = tick(one, last, 9, memory)[0]
 
     memories = [Memory(), Memory()]
     for step, seen in enumerate((first, second, third)):
@@ -128,3 +133,6 @@ def test_episodes_of_a_batch_are_what_they_are_alone() -> None:
         for i, prefix, chunk, row in zip(order, prefixes, chunks, attention, strict=True):
             one.remember(prefix, row, memories[i])
             assert np.allclose(chunk.actions, alone[i][step], atol=1e-5)
+    actions, computed = tick(one, last, 9, memories[0])
+    assert computed == 9
+    assert np.allclose(actions, expected, atol=1e-5)

@@ -71,9 +71,12 @@ def test_what_the_actions_looked_at_is_always_computed() -> None:
 
 def test_streams_begin_anew_after_a_reset_and_with_another_grid() -> None:
     memory = Memory()
+    assert not VLACache().is_ready(memory)
     tick(flat(), 2, memory)
+    assert VLACache().is_ready(memory)
     assert tick(flat(), 2, memory).k == 2
     memory.reset()
+    assert not VLACache().is_ready(memory)
     assert tick(flat(), 2, memory).k == 8
     one = VisualTokens.full(flat()[:4], PatchGrid(1, 1, 4), (0.0,))
     assert reduce_stage(VLACache(), one, Signals({}), Budget(2), memory).k == 4
