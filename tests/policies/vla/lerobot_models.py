@@ -130,16 +130,6 @@ def smolvla(**settings: Any) -> Any:
     return SmolVLAPolicy(config).eval()
 
 
-def smolvla_full_size() -> Any:
-    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-
-    torch.manual_seed(0)
-    shape = features() | {"chunk_size": 50, "n_action_steps": 50}
-    shape |= {"max_state_dim": 32, "max_action_dim": 32}
-    return SmolVLAPolicy(SmolVLAConfig(**shape, vlm_model_name=smolvlm_folder(True))).eval()
-
-
 @contextmanager
 def thin_pi(kind: str) -> Iterator[None]:
     """pi0 and pi05 are built with thin towers in place of the fixed wide ones."""
@@ -184,6 +174,18 @@ def _pi(kind: str, **settings: Any) -> Any:
             torch.nn.init.normal_(module.dense.weight, std=0.2)
             torch.nn.init.normal_(module.dense.bias, std=0.5)
     return policy
+
+
+def full_size(kind: str, device: str) -> Any:
+    """A policy in its own default shape, on a device."""
+    name = {"smolvla": "SmolVLA", "pi0": "PI0", "pi05": "PI05"}[kind]
+    configs = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
+    modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+    shape = {key: features()[key] for key in ("input_features", "output_features")}
+    own = {"vlm_model_name": smolvlm_folder(True)} if kind == "smolvla" else {"dtype": "bfloat16"}
+    torch.manual_seed(0)
+    config = getattr(configs, f"{name}Config")(**shape, **own, device=device)
+    return getattr(modeling, f"{name}Policy")(config).to(device).eval()
 
 
 def pi0(**settings: Any) -> Any:

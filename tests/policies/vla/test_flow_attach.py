@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from policies.attach import attach
 from policies.vla.flow_attach import FlowAttachment
+from stream.data import Budget, VisualTokens
 from stream.errors import AttachError, BudgetError, SignalError
 from stream.memory import Memory
 from stream.ops.history import AttentionHistory
 from stream.plan import Plan
+from stream.reducers.base import Reducer, Site
 from stream.reducers.vla_pruner import STATE
 from stream.registry import build_reducer, reducer_names
-from stream.signals import Signal
+from stream.signals import Signal, Signals
 from tests.policies.vla import lerobot_models as models
 from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, KEYS, PER_CAMERA, STEPS, Truth
 
@@ -124,31 +126,36 @@ def test_a_padded_prefix_keeps_the_expert_where_it_stood(policy: Any) -> None:
         torch.testing.assert_close(actions, act(policy, batch), atol=1e-5, rtol=0)
 
 
-def test_signals_are_the_models_own_attention(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+ROWS = {Signal.LAST_ROW: "last", Signal.PREFILL_ROWS: "prefill", Signal.TEXT_ROWS: "text"}
+SEEN: dict[Signal, Tensor] = {}
+
+
+class Listener(Reducer):
+    """Notes what it is told, and keeps the first tokens."""
+
+    needs: ClassVar[frozenset[Signal]] = frozenset(ROWS)
+
+    layer: int | None = None
+
+    @property
+    def site(self) -> Site:
+        return Site(self.layer)
+
+    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
+        SEEN.update({signal: signals[signal].clone() for signal in ROWS})
+        return Plan.keep(torch.arange(budget.tokens), tokens.n)
+
+
+@pytest.mark.parametrize("layer", [None, 3])
+def test_signals_are_the_models_own_attention(policy: Any, layer: int | None) -> None:
     with Truth(policy).running() as truth:
         act(policy)
-    seen: dict[str, Tensor] = {}
-    for semantic, signal in (
-        ("last", Signal.LAST_ROW),
-        ("prefill", Signal.PREFILL_ROWS),
-        ("text", Signal.TEXT_ROWS),
-    ):
-        for layer in (None, 3):
-            with attach(policy, "vla_pruner", semantic=semantic, layer=layer, budget=5) as held:
-                plan = type(held._pruning._stages[layer or 0]).plan
-
-                def spied(self: Any, tokens: Any, signals: Any, *rest: Any, of=plan) -> Plan:
-                    seen["score"] = signals[signal].clone()  # noqa: B023
-                    result: Plan = of(self, tokens, signals, *rest)
-                    return result
-
-                monkeypatch.setattr(type(held._pruning._stages[layer or 0]), "plan", spied)
-                act(policy)
-                monkeypatch.undo()
-            weights = truth.prefix[layer - 1 if layer else 0].mean(0)
-            torch.testing.assert_close(
-                seen["score"], weights[rows_of(policy, semantic)].mean(0)[:N], atol=1e-6, rtol=0
-            )
+    with attach(policy, Listener(layer=layer), budget=5):
+        act(policy)
+    weights = truth.prefix[layer - 1 if layer else 0].mean(0)
+    for signal, semantic in ROWS.items():
+        own = weights[rows_of(policy, semantic)].mean(0)[:N]
+        torch.testing.assert_close(SEEN[signal], own, atol=1e-6, rtol=0)
 
 
 def rows_of(policy: Any, semantic: str) -> list[int]:
@@ -173,6 +180,31 @@ def test_the_history_is_the_experts_own_attention(policy: Any) -> None:
     rows = slice(-models.CHUNK, None)
     looked = torch.stack([truth.expert[layer][rows].mean(0) for layer in range(3, DEPTH)]).mean(0)
     torch.testing.assert_close(glance.value[kept], looked[kept], atol=1e-6, rtol=0)
+
+
+def test_every_reducer_that_fits_runs(policy: Any) -> None:
+    expected = act(policy)
+    for name in reducer_names():
+        try:
+            held = attach(policy, name, budget=10)
+        except AttachError:
+            continue
+        with attach(policy, name, retain=1.0):
+            drops_anyway = any(s.keeps(N, Budget(N)) < N for s in build_reducer(name).stages)
+            assert torch.equal(act(policy), expected) or drops_anyway, name
+        with held:
+            for _ in range(2):
+                assert torch.isfinite(act(policy)).all(), name
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_published_modes_warm_up_first(policy: Any, mode: str) -> None:
+    with attach(policy, "vla_pruner", budget=10, mode=mode) as held:
+        kept = []
+        for _ in range(5):
+            act(policy)
+            kept.append(held.plans[0].k)
+    assert kept == [N, N, N, 10, 10]
 
 
 @pytest.mark.parametrize("kind", sorted(BUILDERS))
