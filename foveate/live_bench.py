@@ -29,7 +29,6 @@ from .quality import Piece, paired_difference
 
 Progress = Callable[[str, int], None]
 RETAIN = 0.15
-PATCHES = 196
 BETWEEN_CLIPS_S = 1.0
 
 
@@ -59,6 +58,11 @@ class EncodedOnce:
             chunk = frames[start : start + 8]
             for frame, encoded in zip(chunk, self._model.encode(chunk).by_frame(), strict=True):
                 self._seen[frame.index] = encoded
+
+    @property
+    def patches(self) -> int:
+        """Of one grid frame."""
+        return next(iter(self._seen.values())).grid.per_frame
 
     def forget(self) -> None:
         self._seen.clear()
@@ -110,9 +114,10 @@ def show(session: Session, name: str, clip: Clip) -> None:
         session.step({name: [LiveFrame(frame, time.monotonic(), time.time(), 0, None)]})
 
 
-def rate_of(clip: Clip) -> float:
-    """Tokens a second that give a stream of the clip what RETAIN gives an offline run."""
-    tokens = Budget.ratio(RETAIN, of=PATCHES * len(clip.frames)).tokens
+def rate_of(clip: Clip, patches: int) -> float:
+    """Tokens a second that give a stream of the clip what RETAIN of its `patches` patches a frame
+    give an offline run."""
+    tokens = Budget.ratio(RETAIN, of=patches * len(clip.frames)).tokens
     return tokens / (clip.span_s[1] - clip.span_s[0])
 
 
@@ -149,7 +154,8 @@ def accuracy(
         pieces.append(_piece("offline", clip, model.answer(offline, texts(clip)), offline.plan.k))
         for variant, settings in VARIANTS.items():
             session = Session(once, reducer)
-            config = {"fps": None, "gate_level": 0.0, "tokens_per_s": rate_of(clip), "seed": seed}
+            rate = rate_of(clip, once.patches)
+            config = {"fps": None, "gate_level": 0.0, "tokens_per_s": rate, "seed": seed}
             session.attach("clip", StreamConfig.model_validate({**config, **settings}))
             show(session, "clip", clip)
             live = session.ask("clip", texts(clip))
@@ -166,13 +172,13 @@ def accuracy(
     }
 
 
-PAST: dict[str, dict[str, Any]] = {
-    "just seen": {},
-    "window only": {},
-    "window only, refilled": {"reanchor": "refill"},
-    "archive, by relevance": {"recall": True},
-    "archive, by time": {"span": True},
-}
+PAST = (
+    "just seen",
+    "window only",
+    "window only, refilled",
+    "archive, by relevance",
+    "archive, by time",
+)
 
 
 def past(
@@ -190,26 +196,27 @@ def past(
     once = EncodedOnce(model)
     pieces: list[Piece] = []
     for number in range(0, len(clips) - between, between + 1):
-        row = in_a_row(clips[number : number + between + 1])
+        asked, *others = in_a_row(clips[number : number + between + 1])
         once.forget()
-        for clip in row:
+        for clip in (asked, *others):
             once.learn(clip.frames)
-        asked = row[0]
-        for variant, how in PAST.items():
-            session = Session(once, reducer)
-            config = StreamConfig(
-                fps=None,
-                gate_level=0.0,
-                tokens_per_s=rate_of(asked),
-                reanchor=how.get("reanchor", "rotate"),
-                seed=seed,
-            )
-            session.attach("row", config)
-            for clip in row[:1] if variant == "just seen" else row:
-                show(session, "row", clip)
-            span_s = asked.span_s if how.get("span") else None
-            live = session.ask("row", texts(asked), span_s=span_s, recall=bool(how.get("recall")))
-            pieces.append(_piece(variant, asked, live.reply, 0))
+        config = StreamConfig(
+            fps=None, gate_level=0.0, tokens_per_s=rate_of(asked, once.patches), seed=seed
+        )
+        session = Session(once, reducer)
+        session.attach("row", config)
+        session.attach("refilled", config.model_copy(update={"reanchor": "refill"}))
+        for name in session.names:
+            show(session, name, asked)
+        replies = {"just seen": session.ask("row", texts(asked))}
+        for name in session.names:
+            for clip in others:
+                show(session, name, clip)
+        replies["window only"] = session.ask("row", texts(asked))
+        replies["window only, refilled"] = session.ask("refilled", texts(asked))
+        replies["archive, by relevance"] = session.ask("row", texts(asked), recall=True)
+        replies["archive, by time"] = session.ask("row", texts(asked), span_s=asked.span_s)
+        pieces += [_piece(name, asked, live.reply, 0) for name, live in replies.items()]
         progress("streams", number // (between + 1) + 1)
     return {"rows": [_row(pieces, name, "just seen", seed) for name in PAST], "between": between}
 
@@ -228,7 +235,7 @@ def sharing(
         others = [clips[(number + k) % len(clips)].frames[0] for k in (1, 2, 3)]
         once.learn(others)
         for variant in spent:
-            total = rate_of(clip)
+            total = rate_of(clip, once.patches)
             floor = 1.0 if variant == "equal split" else 0.2
             session = Session(once, reducer, shared_tokens_per_s=total, floor=floor)
             for name in ("busy", "still0", "still1", "still2"):
@@ -271,7 +278,7 @@ def first_token(
                 offline.append(spent)
         for mode, rows in attached.items():
             name = f"{mode} {number}"
-            rate = rate_of(clip)
+            rate = rate_of(clip, encoded.grid.per_frame)
             session.attach(
                 name, StreamConfig(mode=mode, fps=None, gate_level=0.0, tokens_per_s=rate)
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from stream.data import Answer, Frame, PatchGrid
@@ -60,15 +61,26 @@ class FakeModel:
         return self._frames_per_token
 
     def words(self, text: str) -> Tensor:
-        """One word, `#LEVEL`: the feature of a patch of that grey."""
-        level = float(text.lstrip("#"))
-        return encoded([picture(int(level))], [0.0]).x[:1]
+        """One word, `#LEVEL`: the feature of a patch of that grey; 128 for any other text."""
+        level = int(text[1:]) if text.startswith("#") else 128
+        return encoded([picture(level)], [0.0]).x[:1]
 
     def live_cache(self, reanchor: str) -> FakeCache:
         return FakeCache()
 
     def answer(self, video: ReducedVideo, questions: Sequence[str]) -> Reply:
         return say([video], questions)
+
+
+class PooledModel(FakeModel):
+    """Takes pictures of any size."""
+
+    def encode(self, frames: Sequence[Frame]) -> EncodedVideo:
+        small = [
+            np.asarray(Image.fromarray(f.image).resize((32, 32), Image.Resampling.BOX))
+            for f in frames
+        ]
+        return encoded(small, [f.pts_s for f in frames])
 
 
 def encoded(images: Sequence[NDArray[np.uint8]], times: Sequence[float]) -> EncodedVideo:
@@ -89,4 +101,5 @@ def encoded(images: Sequence[NDArray[np.uint8]], times: Sequence[float]) -> Enco
 def say(videos: Sequence[ReducedVideo], questions: Sequence[str]) -> Reply:
     times = [t for v in videos for t in v.pts_s]
     text = f"{len(times)} frames from {times[0]:g} to {times[-1]:g}"
-    return Reply(tuple(Answer(text, (), 1.0) for _ in questions), (), ())
+    timings_ms = {"prefill": 1.0, "decode_tokens": 0.0}
+    return Reply(tuple(Answer(text, (), 1.0) for _ in questions), (), (), timings_ms)
