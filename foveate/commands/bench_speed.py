@@ -48,13 +48,16 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
     for ratio in _ratios(options):
         fixed.append(arms.FixedArm(subject, reducer, ratio, 1, pool))
         every += [arms.EagerArm(subject, reducer, ratio, 1), fixed[-1]]
+        if kind == "ttft" and subject.tower is not None:
+            every.append(arms.MergingArm(subject, reducer, ratio, 1, pool))
+            every.append(arms.SkippingArm(subject, reducer, ratio, 1, pool))
         if kind == "ttft" and outer is not None:
             every.append(arms.AttachedArm(subject, outer, ratio, 1, pool))
     if kind == "ttft":
         every.append(arms.AttachedArm(subject, None, 1.0, 1, pool))
-    samples, answers, peaks = _timed(every, options)
+    run = _timed(every, options)
     result = _described(options, subject) | {
-        "rows": measure.rows_of(every, samples, answers, peaks),
+        "rows": measure.rows_of(every, run),
         "graphs": {
             "captured": pool.captured,
             "warmup_s": pool.warmup_s,
@@ -65,7 +68,7 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
     if soak_steps:
         result["soak"] = measure.soak(fixed, soak_steps, options.seed)
     card = measure.card_of(
-        subject, every, samples, machine(options.device), options.warmup, options.seed
+        subject, every, run, machine(options.device), options.warmup, options.seed
     )
     _written(options, kind, result)
     card.save(options.folder / f"card_{_file_name(options)}.json")
@@ -97,7 +100,7 @@ def throughput(options: Timing, concurrency: str) -> None:
                 arms.EagerArm(subject, reducer, ratio, batch),
                 arms.FixedArm(subject, reducer, ratio, batch, pool),
             ]
-        found = measure.rows_of(every, *_timed(every, options))
+        found = measure.rows_of(every, _timed(every, options))
         for row in found:
             if row["ms"]:
                 row["requests_per_s"] = batch / row["ms"][HOST]["p50"] * 1e3
@@ -255,6 +258,7 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
         "total x",
         "error",
         "same tokens",
+        "feature error",
     )
     cells = [_latency_cells(row, stages, max(1, result["decode"])) for row in result["rows"]]
     title = (
@@ -269,7 +273,7 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
 def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) -> tuple[str, ...]:
     ms = row["ms"]
     if not ms:
-        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 12)
+        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 13)
     faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
     return (
         row["arm"],
@@ -285,6 +289,7 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
         f"{faster['first']:.2f}" if faster else "-",
         f"{faster['total']:.2f}" if faster else "-",
         *(f"{agreed[k]:.2g}" if k in agreed else "-" for k in ("relative_error", "equal_tokens")),
+        "-" if row["feature_error"] is None else f"{row['feature_error']:.3f}",
     )
 
 

@@ -19,6 +19,8 @@ from policies.graphs.capture import GraphPool, Program
 from policies.graphs.decoder import StaticDecoder
 from policies.hooks import ReductionHooks
 from policies.prefill import VideoSpan
+from policies.vision.merging import MergingTower
+from policies.vision.skipping import Layout, SkippingTower
 from stream.data import Budget
 from stream.memory import Memory
 from stream.pipeline import EncodedVideo, reduce_video
@@ -87,6 +89,15 @@ class Arm(ABC):
 
     def prepare(self, pixels: list[Tensor]) -> None:  # noqa: B027
         """What is done before a request comes, once; nothing, if not stated otherwise."""
+
+    def tower_layers(self) -> list[tuple[int, int]]:
+        """See `Subject.encode_flops`; empty for the stock encoder."""
+        return []
+
+    def feature_error(self, pixels: Tensor) -> float | None:
+        """Relative error of the features against the stock encoder's; None for the stock one, and
+        for random weights, of which no quality can be said."""
+        return None
 
     @abstractmethod
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
@@ -232,7 +243,7 @@ class FixedArm(Arm):
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
         prompt, decoder = self.subject.prompt, self.decoder
         with clock.stage("encode"):
-            parts = [tuple(t.clone() for t in self._encode(p)) for p in pixels]
+            parts = [self.encoded(p) for p in pixels]
         with clock.stage("reduce"):
             x, plans = self._reduced(parts)
         with clock.stage("prefill"):
@@ -245,6 +256,10 @@ class FixedArm(Arm):
     def attached(self) -> AbstractContextManager[Any]:
         return self.decoder
 
+    def encoded(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """What `Subject.encode` gives for one request."""
+        return tuple(t.clone() for t in self._encode(pixels))
+
     def _decoded(self, clock: StageClock) -> Tensor:
         tokens = [self.decoder.token.clone()]
         with clock.stage("tokens"):
@@ -252,6 +267,71 @@ class FixedArm(Arm):
                 self.decoder.step(self.bucket)
                 tokens.append(self.decoder.token.clone())
         return torch.cat(tokens, 1)
+
+
+class LeanArm(FixedArm):
+    """The encoder computes less; see policies/vision."""
+
+    def feature_error(self, pixels: Tensor) -> float | None:
+        if self.subject.weights != "real":
+            return None
+        exact = self.subject.encode(pixels, False)[0].float()
+        return float((self.encoded(pixels)[0].float() - exact).norm() / exact.norm())
+
+
+class MergingArm(LeanArm):
+    """Patches that are alike are merged inside the encoder."""
+
+    name = "graph, merging encoder"
+
+    def __init__(
+        self, subject: Subject, reducer: Reducer | None, retain: float, batch: int, pool: GraphPool
+    ) -> None:
+        super().__init__(subject, reducer, retain, batch, pool)
+        assert subject.tower is not None
+        self._tower = tower = MergingTower.usual(subject.tower)
+        self._encode = Program(
+            pool,
+            f"The merging encoder of {subject.name}",
+            lambda pixels: subject.finished(*tower(pixels.flatten(0, 1), self.needs_saliency)),
+        )
+
+    def tower_layers(self) -> list[tuple[int, int]]:
+        frames = self.subject.grid.frames
+        return [(frames * n, n) for n in self._tower.patches()]
+
+
+class SkippingArm(LeanArm):
+    """Patches that did not change since a key frame are not encoded again."""
+
+    name = "graph, skipping encoder"
+
+    def __init__(
+        self, subject: Subject, reducer: Reducer | None, retain: float, batch: int, pool: GraphPool
+    ) -> None:
+        super().__init__(subject, reducer, retain, batch, pool)
+        assert subject.tower is not None
+        self._tower = SkippingTower(subject.tower)
+        self._by_keys: dict[int, Program] = {}
+        self._computed = 0
+
+    def tower_layers(self) -> list[tuple[int, int]]:
+        """Of the last request."""
+        return [(self._computed, self._tower.patches)] * self._tower.depth
+
+    def encoded(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        frames = pixels.flatten(0, 1)
+        layout = self._tower.layout(frames)
+        self._computed = self._tower.computed(layout)
+        keys = layout.keys.numel()
+        if keys not in self._by_keys:
+            name = f"The encoder of {self.subject.name} with {keys} key frames"
+            self._by_keys[keys] = Program(self.pool, name, self._work)
+        return tuple(t.clone() for t in self._by_keys[keys](frames, *layout))
+
+    def _work(self, frames: Tensor, *layout: Tensor) -> tuple[Tensor, ...]:
+        seen = self._tower(frames, Layout(*layout), self.needs_saliency)
+        return self.subject.finished(*seen)
 
 
 class AttachedArm(FixedArm):
@@ -266,8 +346,7 @@ class AttachedArm(FixedArm):
         return replace(own, after=1, new=own.after - 1 + own.new)
 
     def prepare(self, pixels: list[Tensor]) -> None:
-        parts = [tuple(t.clone() for t in self._encode(p)) for p in pixels]
-        x, plans = self._reduced(parts)
+        x, plans = self._reduced([self.encoded(p) for p in pixels])
         anchor = torch.stack([plan.anchor for plan in plans])
         embeds = torch.cat([self.before, x.to(self.before.dtype), self.after[:, :1]], 1)
         prefix = torch.full_like(self._lengths, embeds.shape[1])

@@ -40,7 +40,7 @@ def request_flops(arm: Arm) -> dict[str, float]:
         seen = [n - prompt.after + 1 for n in lengths]
         return {"question": decoder_flops(text, question, seen) + 2.0 * head, "tokens": tokens}
     return {
-        "encode": subject.encode_flops(),
+        "encode": subject.encode_flops(arm.tower_layers()),
         "score": score_flops(arm),
         "prefill": decoder_flops(text, lengths, none) + 2.0 * head,
         "tokens": tokens,

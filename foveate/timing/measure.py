@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,22 @@ TOTAL = "total"
 """All stages of a request, by the device's clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of timing some arms; the keys are theirs.
+
+    answers: tokens or actions; said: first logits or actions; both for the same pixels. peak_mib:
+    device memory at the peak beyond what was held before. feature_error: of leaner encoders. An
+    arm that ran out of memory is in none of them.
+    """
+
+    samples: Samples = field(default_factory=dict)
+    answers: dict[str, Tensor] = field(default_factory=dict)
+    said: dict[str, Tensor] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    feature_error: dict[str, float | None] = field(default_factory=dict)
+
+
 @torch.inference_mode()
 def interleaved(
     arms: Sequence[Arm],
@@ -42,33 +59,30 @@ def interleaved(
     seed: int,
     seconds: float = float("inf"),
     progress: Callable[[str, int], None] = lambda stage, done: None,
-) -> tuple[Samples, dict[str, Tensor], dict[str, float]]:
+) -> Run:
     """Requests of all arms in rounds, each round in a new random order.
 
-    Returns the samples, what each arm answered to the same pixels (its tokens or actions under its
-    key, the first logits under `key said`), and the device memory in MiB that each arm needed at
-    its peak beyond what was held before. An arm that runs out of memory has no samples.
     seconds: after which no new round begins, once there are three.
     """
     subject = arms[0].subject
     clock = StageClock(subject.device)
     distinct = [subject.pixels(seed + i) for i in range(min(DISTINCT, max(a.batch for a in arms)))]
     pixels = {a.batch: [distinct[i % DISTINCT] for i in range(a.batch)] for a in arms}
-    samples: Samples = {}
-    answers: dict[str, Tensor] = {}
-    peaks: dict[str, float] = {}
+    run = Run()
     for arm in arms:
         try:
             with arm, _peak_mib(subject.device) as peak:
                 arm.prepare(pixels[arm.batch])
                 with clock.request():
-                    answers[arm.key] = arm.run(clock, pixels[arm.batch]).cpu()
-                    answers[f"{arm.key} said"] = arm.said.float().cpu()
+                    run.answers[arm.key] = arm.run(clock, pixels[arm.batch]).cpu()
+                run.said[arm.key] = arm.said.float().cpu()
+                run.feature_error[arm.key] = arm.feature_error(distinct[0])
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
-        peaks[arm.key] = peak[0]
-        samples[arm.key] = {}
+        run.peak_mib[arm.key] = peak[0]
+        run.samples[arm.key] = {}
+    samples = run.samples
     order = random.Random(seed)
     able = [arm for arm in arms if arm.key in samples]
     start_s = time.monotonic()
@@ -84,7 +98,7 @@ def interleaved(
                 for stage, ms in times_ms.items():
                     samples[arm.key].setdefault(stage, []).append(ms)
         progress("rounds", turn + 1)
-    return samples, answers, peaks
+    return run
 
 
 class _peak_mib:
@@ -105,9 +119,7 @@ class _peak_mib:
             self._result[0] = (peak - self._before) / 2**20
 
 
-def rows_of(
-    arms: Sequence[Arm], samples: Samples, answers: dict[str, Tensor], peaks: dict[str, float]
-) -> list[dict[str, Any]]:
+def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
     """One row for each arm: quantiles of its stages, what it costs, and how it compares.
 
     `times_faster`: medians of the stock unpruned arm at the same batch over its own.
@@ -124,21 +136,19 @@ def rows_of(
             "visual": arm.visual,
             "layer_tokens": statistics.fmean(arm.layer_tokens),
             "tflop": {stage: value / 1e12 for stage, value in flops.items()},
-            "ms": {s: quantiles(v) for s, v in samples.get(arm.key, {}).items()},
-            "peak_mib": peaks.get(arm.key),
+            "ms": {s: quantiles(v) for s, v in run.samples.get(arm.key, {}).items()},
+            "peak_mib": run.peak_mib.get(arm.key),
+            "feature_error": run.feature_error.get(arm.key),
         }
-        if row["ms"] and samples.get("eager"):
-            base = {what: quantiles(v)["p50"] for what, v in samples["eager"].items()}
+        if row["ms"] and run.samples.get("eager"):
+            base = {what: quantiles(v)["p50"] for what, v in run.samples["eager"].items()}
             row["times_faster"] = {
                 what: base[what] / row["ms"][what]["p50"] for what in (FIRST, TOTAL, HOST)
             }
         twin = arm.key.replace("graph", "eager", 1)
-        if twin != arm.key and arm.key in answers and twin in answers:
+        if twin != arm.key and {twin, arm.key} <= set(run.answers):
             row["agreement"] = agreement(
-                answers[arm.key],
-                answers[twin],
-                answers[f"{arm.key} said"],
-                answers[f"{twin} said"],
+                run.answers[arm.key], run.answers[twin], run.said[arm.key], run.said[twin]
             )
         rows.append(row)
     return rows
@@ -166,7 +176,7 @@ def agreement(answer: Tensor, other: Tensor, said: Tensor, other_said: Tensor) -
 
 
 def card_of(
-    subject: Subject, arms: Sequence[Arm], samples: Samples, device: str, warmup: int, seed: int
+    subject: Subject, arms: Sequence[Arm], run: Run, device: str, warmup: int, seed: int
 ) -> LatencyCard:
     """The stages of the fixed-shape arms of one request, by visual tokens that enter the model.
 
@@ -174,7 +184,7 @@ def card_of(
     """
     timings = []
     for arm in {a.visual: a for a in arms if a.name == "graph" and a.batch == 1}.values():
-        stages = samples.get(arm.key, {})
+        stages = run.samples.get(arm.key, {})
         for stage in ("encode", "reduce", "prefill", "tokens"):
             if stage in stages:
                 each = arm.subject.prompt.decode if stage == "tokens" else 1

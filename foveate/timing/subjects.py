@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from policies.adapter import SaliencyTap, adapter_for
+from policies.video.llava_onevision import Adapter as LlavaOnevision
+from policies.video.tiny import render, world
+from policies.vision.siglip import SiglipParts
 from stream.data import PatchGrid
 
+SCENE_FRAMES, MOVING_SHARE = 8, 0.2
 QWEN_SIDE = 28
 """Patches along each side of a picture; 2 x 2 of them become a token, so 196 a grid frame."""
 
@@ -33,6 +38,18 @@ def linear_weights(module: nn.Module) -> int:
     """Weights that each token is multiplied with."""
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, kinds))
+
+
+def scene_pixels(frames: int, side: int, patch: int, generator: torch.Generator) -> Tensor:
+    """[frames, 3, side, side]: scenes of SCENE_FRAMES frames that stand still up to noise of 0.02,
+    in which a block of MOVING_SHARE of the picture changes from frame to frame."""
+    scenes = -(-frames // SCENE_FRAMES)
+    still = torch.randn(scenes, 3, side, side, generator=generator)
+    pixels = still.repeat_interleave(SCENE_FRAMES, 0)[:frames]
+    pixels += 0.02 * torch.randn(pixels.shape, generator=generator)
+    block = int(side // patch * MOVING_SHARE**0.5) * patch
+    pixels[:, :, :block, :block] = torch.randn(frames, 3, block, block, generator=generator)
+    return pixels
 
 
 class Subject(ABC):
@@ -71,9 +88,22 @@ class Subject(ABC):
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         """(features [n, d],) of one request, and float32 [n] received attention if asked for."""
 
+    @property
+    def tower(self) -> nn.Module | None:
+        """The SigLIP tower whose hidden states `finished` takes, where there is one."""
+        return None
+
+    def finished(self, hidden: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
+        """What `encode` gives, from hidden states [f, p, d] and received attention [f, p]."""
+        raise NotImplementedError
+
     @abstractmethod
-    def encode_flops(self) -> float:
-        """Multiplications and additions of `encode` without saliency."""
+    def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
+        """Operations of `encode` without saliency.
+
+        layers: (patches of all frames that are computed, patches each of them sees) in each layer
+        of the tower, where they differ from the stock encoder's.
+        """
 
     @abstractmethod
     def saliency_flops(self) -> float:
@@ -114,13 +144,20 @@ class VideoSubject(Subject):
         generator = torch.Generator().manual_seed(seed)
         if self.encoder_waits:
             size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            shape: tuple[int, ...] = (
-                self._frames // vision.temporal_patch_size * QWEN_SIDE**2,
-                size,
-            )
+            shape = (self._frames // vision.temporal_patch_size * QWEN_SIDE**2, size)
         else:
-            shape = (1, self._frames, 3, vision.image_size, vision.image_size)
+            if self.weights == "real" and self.name == "tiny-video":
+                return self._clip(seed)
+            scenes = scene_pixels(self._frames, vision.image_size, vision.patch_size, generator)
+            return scenes[None].to(self.device, self.dtype)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    def _clip(self, seed: int) -> Tensor:
+        """A held-out clip of the world that the model in the box knows, without a codec's loss."""
+        scene = world.make_scene("heldout", seed, self._frames)
+        times_s = torch.linspace(0, scene.duration_s, self._frames + 1)[None, :-1]
+        clip = render.render(render.pack_scenes([scene]), times_s)
+        return ((clip - 0.5) / 0.5).to(self.device, self.dtype)
 
     def _inputs(self, pixels: Tensor) -> dict[str, Any]:
         if pixels.ndim == 5:
@@ -136,20 +173,34 @@ class VideoSubject(Subject):
             x, grid = self._adapter.features(self._inputs(pixels))
         return x, self._adapter.pooled_saliency(tap.take(), [grid])[0]
 
-    def encode_flops(self) -> float:
+    @property
+    def tower(self) -> nn.Module | None:
+        return None if self.encoder_waits else self._adapter.vision_model
+
+    def finished(self, hidden: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
+        assert isinstance(self._adapter, LlavaOnevision)
+        x = self._adapter.projected(hidden)
+        return (x, *(self._adapter.pooled_saliency(s, [self.grid])[0] for s in score))
+
+    def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
         model, (images, patches, width) = self._adapter.model.model, self._patches()
         if self.encoder_waits:
             tower, group = model.visual, model.visual.config.spatial_merge_size**2
-            whole = len(tower.config.fullatt_block_indexes)
-            windows = (tower.config.window_size // tower.config.patch_size) ** 2
-            seen = whole * patches + (len(tower.blocks) - whole) * min(windows, patches)
-            weights = linear_weights(tower.patch_embed) + linear_weights(tower.blocks)
-            weights += linear_weights(tower.merger) // group
+            whole = set(tower.config.fullatt_block_indexes)
+            window = min(patches, (tower.config.window_size // tower.config.patch_size) ** 2)
+            blocks = list(tower.blocks)
+            sees = [patches if i in whole else window for i in range(len(blocks))]
+            outside = linear_weights(tower.patch_embed) + linear_weights(tower.merger) // group
         else:
-            tower = model.vision_tower
-            seen = tower.config.num_hidden_layers * patches
-            weights = linear_weights(tower) + linear_weights(model.multi_modal_projector)
-        return float(images * patches * (2.0 * weights + 4.0 * width * seen))
+            blocks = SiglipParts(model.vision_tower).layers
+            sees = [patches] * len(blocks)
+            outside = linear_weights(model.vision_tower) - sum(map(linear_weights, blocks))
+            outside += linear_weights(model.multi_modal_projector)
+        layers = layers or [(images * patches, seen) for seen in sees]
+        total = 2.0 * images * patches * outside
+        for block, (count, seen) in zip(blocks, layers, strict=True):
+            total += count * (2.0 * linear_weights(block) + 4.0 * width * seen)
+        return float(total)
 
     def saliency_flops(self) -> float:
         images, patches, width = self._patches()
@@ -209,7 +260,7 @@ class ActionSubject(Subject):
         seen = [tower(pixels).last_hidden_state[:, -count:] for tower in self._towers]
         return (self._projector(torch.cat(seen, -1)).flatten(0, 1),)
 
-    def encode_flops(self) -> float:
+    def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
         images, patches = self.grid.frames, self.grid.per_frame
         total = 2.0 * images * patches * linear_weights(self._projector)
         for tower in self._towers:

@@ -90,6 +90,12 @@ class Adapter(VideoAdapter):
         )
         return output.pooler_output[0], self._grid(values.shape[1])
 
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the vision tower [f, patches, d] -> features as `features` gives."""
+        model = self.model.model
+        pooled: Tensor = model.apply_pooling(model.multi_modal_projector(hidden))
+        return pooled.flatten(0, 1)
+
     def placeholder(self) -> int:
         return int(self.model.config.video_token_id)
 

@@ -51,8 +51,8 @@ def test_fixed_shapes_answer_as_the_stock_model(name: str, reducer: str) -> None
         )
     ]
     for eager, fixed in zip(every[::2], every[1::2], strict=True):
-        samples, answers, _ = measure.interleaved([eager, fixed], repeats=1, warmup=0, seed=0)
-        (row,) = measure.rows_of([fixed], samples, answers, {})
+        run = measure.interleaved([eager, fixed], repeats=1, warmup=0, seed=0)
+        (row,) = measure.rows_of([fixed], run)
         agreed = row["agreement"]
         assert agreed.get("equal_tokens", 1.0) == 1.0
         assert agreed["relative_error"] < 1e-5
@@ -64,7 +64,7 @@ def test_a_question_on_an_attached_stream_is_answered_like_a_whole_prompt() -> N
     one, pool = subject(), GraphPool("cpu")
     whole = arms.FixedArm(one, None, 1.0, 1, pool)
     attached = arms.AttachedArm(one, None, 1.0, 1, pool)
-    _, answers, _ = measure.interleaved([whole, attached], repeats=2, warmup=0, seed=3)
+    answers = measure.interleaved([whole, attached], repeats=2, warmup=0, seed=3).answers
     assert torch.equal(answers[whole.key], answers[attached.key])
 
 
@@ -83,6 +83,19 @@ def test_fewer_tokens_are_fewer_operations_and_scoring_is_counted() -> None:
     attention = 2 * n * n * one.text_model.config.hidden_size * 4
     head = 2 * one.head.weight.numel()
     assert full["prefill"] == pytest.approx(by_hand * n + attention + head)
+
+
+def test_leaner_encoders_cost_fewer_operations_and_say_their_error() -> None:
+    one = shapes.subject("tiny-video", 8, 1, 1, "cpu", torch.float32)
+    method, pool = build_reducer("holitom"), GraphPool("cpu")
+    kinds = (arms.FixedArm, arms.MergingArm, arms.SkippingArm)
+    every = [kind(one, method, 0.1, 1, pool) for kind in kinds]
+    run = measure.interleaved(every, repeats=1, warmup=0, seed=0)
+    exact, merging, skipping = measure.rows_of(every, run)
+    assert exact["feature_error"] is None
+    for lean in (merging, skipping):
+        assert lean["tflop"]["encode"] < exact["tflop"]["encode"]
+        assert 0 < lean["feature_error"] < 1
 
 
 def test_a_shape_that_does_not_exist_names_those_that_do() -> None:

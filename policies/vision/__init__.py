@@ -1,0 +1,1 @@
+"""Vision encoders that compute less: patches merged inside, or not computed again."""
