@@ -198,7 +198,9 @@ def test_a_shorter_sequence_equals_the_mask_oracle(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize(
+    "name", ["divprune", "fastv", "holitom", "inner_merge", "pyramiddrop", "tome", "vla_pruner"]
+)
 def test_plain_forward_with_gradients_equals_generate(family: str, name: str) -> None:
     """Outside of `no_grad` too, and gradients flow through what was kept."""
     inputs = inputs_of(family)

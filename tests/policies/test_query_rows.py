@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -26,7 +28,7 @@ from stream.data import Budget, PatchGrid
 from stream.errors import AttachError
 from stream.plan import Plan
 from stream.reducers.fastv import FastV
-from stream.reducers.vla_pruner import VLAPruner
+from stream.reducers.vla_pruner import VLAPruner, query_rows
 from stream.signals import Signal, Signals
 from tests.policies.oracle import watching
 from tests.policies.tiny_models import TEXT
@@ -113,6 +115,14 @@ def test_slots_of_actions_are_no_rows_of_the_prompt(signal: Signal) -> None:
         Signal.TEXT_ROWS: [5, 6],
     }
     assert places(*queries.behind(signal), 0) == rows[signal]
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(sorted(SEMANTICS)))
+def test_rows_are_those_that_vla_pruner_names(visual: int, text: int, semantic: Any) -> None:
+    n = 1 + visual + text
+    queries = QueryRows.of(torch.ones(1, n, dtype=torch.bool), torch.tensor([visual]), tail=text)
+    named = query_rows(semantic, visual_stop=1 + visual, length=n)
+    assert places(*queries.behind(SEMANTICS[semantic]), 0) == list(range(n))[named]
 
 
 # ---------------------------------------------------------------- on decoders
