@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,17 @@ if TYPE_CHECKING:
     from stream.budgets.latency_card import LatencyCard
     from stream.data import Observation
 
-QUICK = {"repeats": 20, "warmup": 3}
+QUICK_S, LEAST, MOST = 10.0, 5, 20
+"""A first calibration: about so many seconds, and samples a bucket within these bounds."""
 WARM_UP = 3
 QUARTER, ROOM = 0.25, 1.3
 
 
 def load_policy(settings: DriveSettings) -> VLAPolicy:
     """The policy with its reducer. Raises AttachError where it cannot be had."""
-    import policies.vla
-    from stream.errors import AttachError
+    from policies.vla import load
 
     reducer = reducer_of(settings.reducer, **settings.settings)
-    load: Callable[..., VLAPolicy] | None = getattr(policies.vla, "load", None)
-    if load is None:
-        raise AttachError(f"No robot policy can be loaded here, '{settings.model}' neither.")
     return load(settings.model, reducer, settings.device)
 
 
@@ -104,7 +101,7 @@ def own_card(
     settings: DriveSettings, policy: VLAPolicy, observation: Observation
 ) -> tuple[LatencyCard, str]:
     """The card of this policy on this machine, and where it comes from; made when there is none."""
-    from sims.calibration import buckets_of, card_of, device_name
+    from sims.calibration import Measure, buckets_of, card_of, device_name
     from stream.budgets.latency_card import LatencyCard
 
     device = device_name(policy.device)
@@ -114,19 +111,24 @@ def own_card(
     if path.is_file():
         return LatencyCard.load(path), f"card of {path}; delete it to calibrate again"
     buckets = buckets_of(policy.spec.grid.size)
-    runs = len(buckets) * sum(QUICK.values())
-    with progress_bars({"calibrate": runs}) as bars:
+    measure, began = Measure(policy, observation), time.perf_counter()
+    for bucket in buckets:
+        measure(bucket)
+    repeats = int(QUICK_S / (time.perf_counter() - began))
+    repeats = min(max(repeats, LEAST), MOST)
+    with progress_bars({"calibrate": len(buckets) * (repeats + 1)}) as bars:
         card = card_of(
             policy,
             observation,
             model=name,
             buckets=buckets,
+            repeats=repeats,
+            warmup=1,
             progress=partial(bars, "calibrate"),
-            **QUICK,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     card.save(path)
-    return card, f"calibrated just now, {QUICK['repeats']} samples a bucket; kept in {path}"
+    return card, f"calibrated just now, {repeats} samples a bucket; kept in {path}"
 
 
 def cache_folder() -> Path:

@@ -24,16 +24,16 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from policies.vla.base import Prefix, Scene, VLAPolicy
+from policies.vla.base import PolicySpec, Prefix, Scene, VLAPolicy
 from stream.budgets.deadlines import ActionQueue, Deadline, Deadlines
 from stream.budgets.decision import Controller, Decision, Outcome, Rung, Situation
 from stream.config import Config
 from stream.data import ActionChunk, Budget, Observation
-from stream.errors import SignalError, ValueShapeError
+from stream.errors import AttachError, SignalError, ValueShapeError
 from stream.memory import Memory
 from stream.ticks import Tick
 
-from .base import Environment, StepResult
+from .base import Environment, EnvironmentSpec, StepResult
 from .clock import ENCODE, Floats, Mode, Playback, TimeSource, periods
 
 
@@ -94,6 +94,8 @@ class Episode[S]:
     """The loop of one robot. Several may share a policy; nothing of one reaches another.
 
     film: observe before every control period, for sinks that want to see each of them.
+
+    Raises AttachError where policy and environment do not fit.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Episode[S]:
     ) -> None:
         self.environment, self.policy, self.controller = environment, policy, controller
         self.clock, self.config, self.film = clock, config, film
+        check_fit(policy.spec, environment.spec)
         self._dt_s, execute = environment.spec.dt_s, policy.spec.execute
         self._deadlines = Deadlines(
             budget_ms=config.budget_ms, cold_ms=config.budget_ms, dt_s=self._dt_s
@@ -309,7 +312,8 @@ class Episode[S]:
 
         def act() -> tuple[ActionChunk, Tensor]:
             chunk, attention = policy.act(prefix, observation, decision.steps, seed)
-            policy.remember(prefix, attention, memory)
+            if decision.prefills:
+                policy.remember(prefix, attention, memory)
             return chunk, attention
 
         (thought.chunk, thought.attention), thought.stage_ms["act"] = self.clock.run(
@@ -338,3 +342,23 @@ class Episode[S]:
 
 def _total(predicted_ms: float | None, before_ms: dict[str, float]) -> float | None:
     return None if predicted_ms is None else predicted_ms + sum(before_ms.values())
+
+
+def check_fit(policy: PolicySpec, world: EnvironmentSpec) -> None:
+    """Raise AttachError unless the policy was made for such a robot."""
+    unknown = [camera for camera in policy.cameras if camera not in world.cameras]
+    if unknown:
+        raise AttachError(
+            f"{policy.name} looks through {', '.join(policy.cameras)}; {world.name} has "
+            f"{', '.join(world.cameras)}."
+        )
+    pairs = {
+        "numbers in the state": (policy.state_size or world.state_size, world.state_size),
+        "numbers in an action": (policy.action_size, world.action_size),
+        "seconds between actions": (policy.dt_s, world.dt_s),
+    }
+    for what, (wanted, given) in pairs.items():
+        if not math.isclose(wanted, given, rel_tol=1e-6):
+            raise AttachError(
+                f"{policy.name} was made for {wanted:g} {what}; {world.name} has {given:g}."
+            )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.vla.base import VLAPolicy
+from policies.vla.base import PolicySpec, VLAPolicy
 from stream.budgets.decision import Controller
 from stream.data import Observation
 from stream.errors import ValueShapeError
@@ -25,7 +25,7 @@ from .episode import DriveConfig, Episode
 class RecordedWorld(Environment):
     """Shows the observations of a recording in their order; actions change nothing."""
 
-    def __init__(self, recording: Recording, action_size: int) -> None:
+    def __init__(self, recording: Recording, policy: PolicySpec) -> None:
         self._recording = recording
         self._tick: dict[str, Any] = {}
         about = recording.about
@@ -33,9 +33,9 @@ class RecordedWorld(Environment):
             name=about["environment"],
             dt_s=about["dt_s"],
             cameras=dict.fromkeys(about["cameras"], (0, 0)),
-            state_size=0,
-            action_low=(-math.inf,) * action_size,
-            action_high=(math.inf,) * action_size,
+            state_size=policy.state_size,
+            action_low=(-math.inf,) * policy.action_size,
+            action_high=(math.inf,) * policy.action_size,
             max_steps=1 << 40,
         )
 
@@ -95,8 +95,8 @@ def replay[S](
     budget_ms: float | None,
 ) -> Iterator[Change]:
     """Run every recorded observation again, in a world that waits, with a memory of its own."""
-    size, execute = policy.spec.action_size, policy.spec.execute
-    world = RecordedWorld(recording, size)
+    execute = policy.spec.execute
+    world = RecordedWorld(recording, policy.spec)
     config = DriveConfig(mode="waiting", budget_ms=budget_ms, stop_after=1 << 30)
     episode = Episode(world, policy, controller, clock, config)
     episode.reset(recording.about["seed"])

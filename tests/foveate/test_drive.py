@@ -123,6 +123,6 @@ def test_wrong_options(arguments: list[str], error: type[Exception], says: str) 
 
 
 def test_a_missing_policy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(policies.vla, "load")
-    with pytest.raises(AttachError, match="tiny-vla"):
-        runner.invoke(app, ["drive", "toy"], catch_exceptions=False)
+    monkeypatch.undo()
+    with pytest.raises(AttachError, match="no policy 'nowhere'"):
+        runner.invoke(app, ["drive", "pusht", "--model", "nowhere"], catch_exceptions=False)

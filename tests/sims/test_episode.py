@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from stream.budgets.baselines import FixedController
 from stream.budgets.controller import ControllerConfig, DeadlineController
 from stream.budgets.decision import Rung
 from stream.budgets.latency_card import LatencyCard
+from stream.errors import AttachError
 from stream.ticks import Tick
 from tests.sims.toys import BUCKETS, GRID, ToyPolicy, ToyWorld, toy_card
 
@@ -285,3 +287,21 @@ def test_a_filmed_episode_shows_every_period() -> None:
     ticks = list(episode.run(seed=1))
     assert all(len(t.seen) == len(t.executed) for t in ticks)
     assert ticks[2].seen[1].time_s == pytest.approx((ticks[2].first_step + 1) * 0.0125)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cameras": ("top", "wrist")}, "looks through top, wrist; toy:follow has top, back"),
+        ({"state_size": 7}, "made for 7 numbers in the state; toy:follow has 2"),
+        ({"action_size": 4}, "made for 4 numbers in an action"),
+        ({"dt_s": 0.1}, "made for 0.1 seconds between actions; toy:follow has 0.0125"),
+    ],
+)
+def test_a_policy_of_another_robot_is_refused(
+    change: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(ToyPolicy().spec, **change)
+    monkeypatch.setattr(ToyPolicy, "spec", property(lambda self: other))
+    with pytest.raises(AttachError, match=says):
+        stated(60)
