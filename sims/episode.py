@@ -195,7 +195,7 @@ class Episode[S]:
         """Let the world go on while that was computed, take the result, go on to the next look."""
         first, number = self._playback, self._ticks
         executed: list[Floats] = []
-        seen: list[Observation] = []
+        seen: list[Observation | None] = []
         current = thought.epoch == self.epoch
         if current:
             busy = 0 if self._waits else periods(thought.elapsed_ms, self._dt_s)
@@ -247,12 +247,12 @@ class Episode[S]:
         """Whether the next look can wait for another action."""
         return self._playback.left > 0 and self._playback.position < self._begin_at
 
-    def _step(self, executed: list[Floats], seen: list[Observation]) -> None:
+    def _step(self, executed: list[Floats], seen: list[Observation | None]) -> None:
         if self.film:
             try:
                 seen.append(self.environment.observe())
             except ValueShapeError:
-                seen.extend(seen[-1:])
+                seen.append(None)
         self._playback, action = self._playback.next(self.environment.hold)
         self._result = self.environment.step(action)
         executed.append(action)

@@ -37,7 +37,8 @@ class Tick:
     executed: float32 [m, a], one action for each control period until the next observation.
     held: how many of them are holds.
     attention: float32 [grid.size], what the actions looked at; None where nothing was.
-    seen: an observation before each executed action, where a sink asked for it.
+    seen: what was observed before each executed action, where a sink asked for it; None where the
+        sensors gave nothing usable.
     said: what went wrong, in words.
     """
 
@@ -64,7 +65,7 @@ class Tick:
     executed: Floats
     held: int
     attention: Tensor | None
-    seen: tuple[Observation, ...]
+    seen: tuple[Observation | None, ...]
     said: tuple[str, ...]
     success: bool
     score: float

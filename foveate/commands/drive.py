@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,10 @@ def drive(
         about = {
             "environment": environment,
             "policy": policy.spec.name,
-            "cameras": list(world.spec.cameras),
+            "cameras": {c: world.spec.cameras[c] for c in policy.spec.cameras},
+            "grid": list(astuple(policy.spec.grid)),
+            "state_size": world.spec.state_size,
+            "action_size": world.spec.action_size,
             "dt_s": world.spec.dt_s,
             "budget_ms": budget_ms,
             "time_source": timing.clock.label,
@@ -124,9 +128,9 @@ def sinks_of(
 
         yield Film(video)
     if dataset:
-        from stream.sinks.lerobot_dataset import Dataset
+        from stream.sinks.lerobot_ticks import LeRobotTicks
 
-        yield Dataset(dataset)
+        yield LeRobotTicks(dataset)
 
 
 @contextmanager

@@ -286,6 +286,7 @@ def test_a_filmed_episode_shows_every_period() -> None:
     episode.film = True
     ticks = list(episode.run(seed=1))
     assert all(len(t.seen) == len(t.executed) for t in ticks)
+    assert ticks[2].seen[1] is not None
     assert ticks[2].seen[1].time_s == pytest.approx((ticks[2].first_step + 1) * 0.0125)
 
 

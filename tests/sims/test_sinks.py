@@ -17,12 +17,20 @@ from stream.plan import Plan
 from stream.sinks.base import TickSink
 from stream.sinks.film import Film
 from stream.sinks.jsonl import JsonLines, read
+from stream.sinks.lerobot_ticks import LeRobotTicks
 from stream.sinks.rerun_log import RerunLog
 from stream.sinks.tick_paint import caption, painted
 from stream.ticks import Tick
-from tests.sims.toys import CAMERAS, DT_S, ToyPolicy, ToyWorld, toy_card
+from tests.sims.toys import CAMERAS, DT_S, GRID, SIDE, ToyPolicy, ToyWorld, toy_card
 
-ABOUT = {"environment": "toy:follow", "cameras": list(CAMERAS), "dt_s": DT_S}
+ABOUT = {
+    "environment": "toy:follow",
+    "cameras": {camera: [SIDE, SIDE] for camera in CAMERAS},
+    "grid": [GRID.frames, GRID.rows, GRID.cols],
+    "state_size": 2,
+    "action_size": 3,
+    "dt_s": DT_S,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,8 @@ def ticks() -> list[Tick]:
     card = toy_card()
     controller = DeadlineController.of(card, STAGES, "toy device", ControllerConfig(stop_after=40))
     clock = CardTime(card, "toy")
-    return list(Episode(world, ToyPolicy(), controller, clock, DriveConfig(budget_ms=60)).run(1))
+    config = DriveConfig(budget_ms=60)
+    return list(Episode(world, ToyPolicy(), controller, clock, config, film=True).run(1))
 
 
 def put(sink: TickSink, ticks: list[Tick], episodes: int = 1) -> None:
@@ -159,3 +168,22 @@ def test_rerun_is_read_back(ticks: list[Tick], tmp_path: Path) -> None:
     assert sorted(values) == pytest.approx(sorted(t.elapsed_ms for t in ticks))
     with pytest.raises(ConfigError, match=r"\.rrd"):
         RerunLog(tmp_path / "out.txt")
+
+
+def test_a_lerobot_dataset_holds_the_keep_mask(ticks: list[Tick], tmp_path: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    put(LeRobotTicks(tmp_path / "set"), ticks)
+    data = LeRobotDataset("local/set", root=tmp_path / "set", video_backend="pyav")
+    assert len(data) == sum(len(t.executed) for t in ticks) == 60
+    assert data.fps == 80
+    first = data[0]
+    assert first["task"] == "follow the light"
+    assert first["keep_mask"].sum() == first["tokens"] == ticks[0].decision.tokens
+    np.testing.assert_allclose(first["action"].numpy(), ticks[0].executed[0])
+    half = next(t for t in ticks if t.cameras == ("top",))
+    mask = data[half.first_step]["keep_mask"]
+    assert mask[0].sum() > 0
+    assert mask[1].sum() == 0
+    picture = data[half.first_step]["observation.images.back"]
+    assert picture.max() < 0.1
