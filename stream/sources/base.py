@@ -28,6 +28,9 @@ MAX_PIXELS = 8192 * 8192
 
 PIPE_TIMEOUT_S = 30.0
 
+DATASET_INFO = Path("meta", "info.json")
+"""What makes a folder a LeRobotDataset."""
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 Decoder = Literal["pyav", "decord"]
@@ -175,8 +178,9 @@ def open_source(
     *,
     timeout_s: float = PIPE_TIMEOUT_S,
 ) -> Source:
-    """Open a folder of images, an image, a video file, a named pipe that carries a video, or the
-    address of a live source (see `live_address.py`; `live.Live` takes settings and tells more).
+    """Open a folder of images, an image, a video file, a named pipe that carries a video, an
+    episode of a LeRobotDataset (see `lerobot_dataset.py`), or the address of a live source (see
+    `live_address.py`; `live.Live` takes settings and tells more).
 
     timeout_s: how long a pipe may give no data before it counts as ended.
     Raises SourceError when nothing can be read there; the text says what to do.
@@ -195,6 +199,10 @@ def open_source(
         from .live import Live
 
         return Live(name)
+    if (Path(name.partition("#")[0]) / DATASET_INFO).is_file():
+        from .lerobot_dataset import LeRobotEpisode
+
+        return LeRobotEpisode(name)
     kind = _kind(name)
     if kind == "folder":
         from .images import ImageFolder

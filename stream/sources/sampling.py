@@ -90,6 +90,20 @@ class Fps:
 Sampling = Uniform | Fps
 
 
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A sampling of the frames that start from `start_s` on and before `stop_s` alone."""
+
+    sampling: Sampling
+    start_s: float
+    stop_s: float
+
+    def pick(self, pts_s: Times) -> Indices:
+        """Ascending indices into `pts_s`."""
+        first, stop = np.searchsorted(pts_s, np.array([self.start_s, self.stop_s]) - SAME_TIME_S)
+        return first + self.sampling.pick(pts_s[first:stop])
+
+
 class FpsClock[T]:
     """`Fps.pick` for times that arrive one by one: a frame is known to be wanted when the next
     one (or the end) is seen, so one frame is held."""

@@ -20,7 +20,7 @@ from stream.errors import SourceError
 from .base import DecodeReport, Source, SourceInfo, Tally, check_start
 from .demux import Damaged, Timeline, describe, open_container, pictures, scan, video_stream
 from .pictures import Orientation, to_rgb
-from .sampling import Indices, Sampling, Uniform
+from .sampling import Indices, Sampling, Uniform, Within
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -48,7 +48,7 @@ class VideoFile(Source):
     def report(self) -> DecodeReport:
         return self._tally.report()
 
-    def read(self, sampling: Sampling, start: int = 0) -> Iterator[Frame]:
+    def read(self, sampling: Sampling | Within, start: int = 0) -> Iterator[Frame]:
         """See `Source.read`. Frame.index is the frame's place in the file's presentation order."""
         self._tally = Tally()
         reading = self._read(sampling, check_start(start), self._tally)
@@ -60,7 +60,7 @@ class VideoFile(Source):
         for reading in list(self._readings):
             reading.close()
 
-    def _read(self, sampling: Sampling, start: int, tally: Tally) -> Generator[Frame]:
+    def _read(self, sampling: Sampling | Within, start: int, tally: Tally) -> Generator[Frame]:
         name = str(self._path)
         timeline = read_timeline(self._path, tally)
         wanted = sampling.pick(timeline.pts_s)
