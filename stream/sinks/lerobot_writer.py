@@ -83,11 +83,11 @@ class LeRobotWriter:
         state: NDArray[np.float32],
         action: NDArray[np.float32],
         task: str,
-        extras: Mapping[str, NDArray[np.float32]] | None = None,
+        **extras: NDArray[np.float32],
     ) -> None:
         """One control period: what was seen, felt and done. task: the instruction."""
         pictures = {IMAGES + name: image for name, image in images.items()}
-        values = {"observation.state": state, "action": action, **(extras or {})}
+        values = {"observation.state": state, "action": action, **extras}
         self._dataset.add_frame({**pictures, **values, "task": task})
 
     def end_episode(self) -> None:

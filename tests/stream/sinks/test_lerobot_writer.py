@@ -29,7 +29,7 @@ def episode(n: int, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray,
 
 def add(to: LeRobotWriter, frames: list[tuple[np.ndarray, ...]], task: str) -> None:
     for image, state, action, keep in frames:
-        to.add({"top": image}, state, action, task, {"keep": keep})
+        to.add({"top": image}, state, action, task, keep=keep)
 
 
 def test_lerobot_reads_what_was_written(tmp_path: Path) -> None:
