@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 from stream.errors import BudgetError
+
+_PARTS_REMEMBERED = 8
 
 
 class TokenBucket:
     """Tokens earned over media time and spent by parts; still times are saved for busy ones.
 
     rate_per_s: tokens earned a second; may be changed while it runs. burst_tokens: the most that
-    can be saved.
+    can be saved; a quarter of it can be borrowed, and later seconds pay it back.
     """
 
     def __init__(self, rate_per_s: float, burst_tokens: float) -> None:
@@ -21,19 +24,34 @@ class TokenBucket:
                 "both must be above 0."
             )
         self.rate_per_s, self.burst_tokens = rate_per_s, burst_tokens
-        self._level = 0.0
+        self._level = self._earned = 0.0
+        self._spent: deque[tuple[float, float]] = deque(maxlen=_PARTS_REMEMBERED)
 
     @property
     def tokens(self) -> int:
-        """Whole tokens that may be spent now."""
+        """Whole tokens that are saved."""
         return int(self._level + 1e-6)
 
     def earn(self, seconds: float) -> None:
-        self._level = min(self.burst_tokens, self._level + self.rate_per_s * seconds)
+        earned = self.rate_per_s * seconds
+        self._earned += earned
+        self._level = min(self.burst_tokens, self._level + earned)
 
-    def spend(self, tokens: int) -> None:
-        """May go below 0 by what a part needs at least; later seconds pay it back."""
+    def offer(self, news: float) -> int:
+        """What a part may take, at least 1: as much for each new frame's worth of patches as was
+        earned for one lately, this part included, within what is saved and can be borrowed.
+
+        A first part so gets all that was earned, and a part with little that is new leaves some.
+        """
+        earned = self._earned + sum(e for e, _ in self._spent)
+        fair = news * earned / (news + sum(n for _, n in self._spent))
+        return max(1, int(min(fair, self._level + self.burst_tokens / 4) + 1e-6))
+
+    def spend(self, tokens: int, news: float) -> None:
+        """A part took `tokens`, from what `offer` said or with little more."""
         self._level -= tokens
+        self._spent.append((self._earned, news))
+        self._earned = 0.0
 
 
 def shares(rate_per_s: float, novelty: Mapping[str, float], floor: float = 0.5) -> dict[str, float]:

@@ -22,7 +22,7 @@ from stream.sources.live_values import Gap, LiveFrame
 from .budget_bucket import TokenBucket
 from .gate import FrameClock, PixelGate
 from .news import LastSeen
-from .segments import OpenFrames
+from .segments import OpenFrames, Ready
 from .values import Event, Kind, Part, StreamConfig
 
 _NOVELTY_S = 5.0
@@ -86,6 +86,8 @@ class StreamEngine:
         self._group = -1
         self.novelty = 0.0
         """Share of patches that change from frame to frame, over the last seconds."""
+        self.newest_s: tuple[float, float] | None = None
+        """(presentation, arrival) time of the newest frame that was gated or encoded."""
         self.counts = Counts()
         self.events: list[Event] = []
         """What happened, for a record; whoever reads it clears it."""
@@ -105,6 +107,7 @@ class StreamEngine:
         if not self._gate.passes(got.frame.image, pts_s):
             self.counts = replace(self.counts, gated=counts.gated + 1)
             self._renew(0.0, pts_s)
+            self.newest_s = pts_s, got.arrival_s
             self.note("gated", pts_s)
             return None
         gap, self._gap = self._gap, None
@@ -137,13 +140,19 @@ class StreamEngine:
         self._renew(changed, pts_s)
         return parts
 
+    @property
+    def waiting(self) -> int:
+        """Frames that wait for their segment."""
+        return len(self._open)
+
     def tail(self) -> ReducedVideo | None:
         """What waits, reduced with what the bucket holds; None if nothing does."""
         waiting = self._open.waiting
         if waiting is None:
             return None
         memory = Memory(self._memory.seed, self._memory.tick)
-        return reduce_video(waiting, self._reducer, self._allowed(), memory)
+        budget = Budget(self.bucket.offer(waiting.news))
+        return reduce_video(waiting.video, self._reducer, budget, memory)
 
     def flush(self) -> list[Part]:
         """Close what waits; the next frame follows on nothing."""
@@ -154,12 +163,11 @@ class StreamEngine:
     def note(self, kind: Kind, pts_s: float, **said: object) -> None:
         self.events.append(Event(self.name, kind, pts_s, said))
 
-    def _allowed(self) -> Budget:
-        return Budget(max(1, self.bucket.tokens))
-
-    def _closed(self, ready: EncodedVideo) -> Part:
+    def _closed(self, ready: Ready) -> Part:
         self._group += 1
-        return self._spent(reduce_video(ready, self._reducer, self._allowed(), self._memory))
+        budget = Budget(self.bucket.offer(ready.news))
+        video = reduce_video(ready.video, self._reducer, budget, self._memory)
+        return self._spent(video, ready.news)
 
     def _newest(self, frame: EncodedVideo) -> tuple[Part, float]:
         most = round(self.config.anchor_share * self.bucket.burst_tokens)
@@ -168,10 +176,10 @@ class StreamEngine:
         budget = Budget(news.plan.k)
         x = news.plan.apply(frame.x)
         video = ReducedVideo(x, news.plan, frame.grid, frame.pts_s, budget, (Segment(0, 1),))
-        return self._spent(video), news.changed
+        return self._spent(video, news.changed), news.changed
 
-    def _spent(self, video: ReducedVideo) -> Part:
-        self.bucket.spend(video.plan.k)
+    def _spent(self, video: ReducedVideo, news: float) -> Part:
+        self.bucket.spend(video.plan.k, news)
         counts = self.counts
         self.counts = replace(
             counts, parts=counts.parts + 1, tokens_out=counts.tokens_out + video.plan.k

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from stream.ops import similarity
 from stream.pipeline import EncodedVideo
 from stream.segmenters.static_windows import StaticWindows
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Frames to be reduced together. news: what is new in them, in frames' worth of patches; a
+    segment's first frame is all new."""
+
+    video: EncodedVideo
+    news: float
 
 
 class OpenFrames:
@@ -28,6 +39,7 @@ class OpenFrames:
     def _start_over(self) -> None:
         self._windows = StaticWindows(self._longest, self._lag)
         self._frames: list[EncodedVideo] = []
+        self._changed: list[float] = []
         self._final = 0
         self._before: Tensor | None = None
 
@@ -35,28 +47,38 @@ class OpenFrames:
         return len(self._frames)
 
     @property
-    def waiting(self) -> EncodedVideo | None:
-        return EncodedVideo.joined(self._frames) if self._frames else None
+    def waiting(self) -> Ready | None:
+        return self._first(len(self._frames))
 
-    def push(self, frame: EncodedVideo) -> tuple[EncodedVideo | None, float]:
+    def push(self, frame: EncodedVideo) -> tuple[Ready | None, float]:
         """(what may be reduced now, the share of patches that changed). frame: one grid frame."""
         links = None
         if self._before is not None:
             pair = torch.stack([self._before, frame.x])
             links = (similarity.adjacent_cosine(pair)[0] > self._tau).cpu().numpy()
+        changed = 1.0 if links is None else 1.0 - float(links.mean())
         self._before = frame.x
         self._frames.append(frame)
+        self._changed.append(changed)
         for segment in self._windows.push(links):
+            self._changed[self._final] = 1.0
             self._final += len(segment)
-        changed = 1.0 if links is None else 1.0 - float(links.mean())
         if self._lag is None or len(self._frames) <= self._lag or not self._final:
             return None, changed
-        ready, self._frames = self._frames[: self._final], self._frames[self._final :]
+        ready = self._first(self._final)
+        self._frames = self._frames[self._final :]
+        self._changed = self._changed[self._final :]
         self._final = 0
-        return EncodedVideo.joined(ready), changed
+        return ready, changed
 
-    def flush(self) -> EncodedVideo | None:
+    def flush(self) -> Ready | None:
         """All that waits; the next frame begins anew."""
         waiting = self.waiting
         self._start_over()
         return waiting
+
+    def _first(self, count: int) -> Ready | None:
+        if count == 0:
+            return None
+        news = max(1.0, sum(self._changed[:count]))
+        return Ready(EncodedVideo.joined(self._frames[:count]), news)

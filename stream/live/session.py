@@ -69,8 +69,6 @@ class _Attached:
     window: Window
     archive: Archive
     pending: list[Wanted] = field(default_factory=list)
-    newest: tuple[float, float] | None = None
-    """Presentation and arrival time of the newest frame that was encoded."""
 
 
 class Session:
@@ -123,8 +121,9 @@ class Session:
         return self._of(name).engine.counts
 
     def newest_s(self, name: str) -> tuple[float, float] | None:
-        """(presentation, arrival) time of the newest frame the stream has taken in, if any."""
-        return self._of(name).newest
+        """(presentation, arrival) time of the newest frame that was encoded, or gated because it
+        looked the same; None before the first."""
+        return self._of(name).engine.newest_s
 
     def tokens_per_s(self) -> dict[str, float]:
         """What each stream earns now."""
@@ -153,10 +152,7 @@ class Session:
                 encoded = self._encode([group for _, group in ready])
             self._share()
             for (stream, group), video in zip(ready, encoded, strict=True):
-                stream.newest = group[-1].frame.pts_s, group[-1].arrival_s
-                with timed(self.timings_ms, "reduce"):
-                    parts = stream.engine.accept(video, group[0].gap)
-                self._admit(stream, parts)
+                self._accept(stream, group, video)
             return self._events(arrived)
 
     def flush(self, name: str) -> list[Event]:
@@ -165,8 +161,7 @@ class Session:
             stream = self._of(name)
             if stream.pending:
                 group, stream.pending = self._filled(stream.pending), []
-                stream.newest = group[-1].frame.pts_s, group[-1].arrival_s
-                self._admit(stream, stream.engine.accept(self._encode([group])[0], group[0].gap))
+                self._accept(stream, group, self._encode([group])[0])
             self._admit(stream, stream.engine.flush())
             return self._events([name])
 
@@ -186,43 +181,48 @@ class Session:
         """
         with self._lock:
             stream = self._of(name)
-            if stream.newest is None:
+            newest_s = stream.engine.newest_s
+            if newest_s is None:
                 raise SourceError(f"The stream '{name}' has given no frame yet; ask again later.")
             words = self._model.words(questions[0])
             stream.window.asked(words)
             tail = stream.engine.tail()
+            seen = [p.video for p in stream.window.parts] + ([tail] if tail else [])
+            recalled = 0
             if span_s is None and not recall:
                 reply = stream.cache.answer(questions, tail)
-                videos = [p.video for p in stream.window.parts]
-                return self._reply(stream, reply, [*videos, *([tail] if tail else [])], 0)
-            videos, recalled = self._past(stream, words, span_s, tail)
-            return self._reply(
-                stream, self._model.answer(joined(videos), questions), videos, recalled
-            )
+                seen_s = newest_s[0]
+            else:
+                seen, recalled = self._past(stream, words, span_s, seen)
+                reply = self._model.answer(joined(seen), questions)
+                seen_s = seen[-1].pts_s[-1]
+            spans_s = tuple((v.pts_s[0], v.pts_s[-1]) for v in seen)
+            arrival_s = newest_s[1] - (newest_s[0] - seen_s)
+            return LiveReply(reply, spans_s, seen_s, arrival_s, recalled)
 
     def _past(
         self,
         stream: _Attached,
         words: Tensor,
         span_s: tuple[float, float] | None,
-        tail: ReducedVideo | None,
+        live: list[ReducedVideo],
     ) -> tuple[list[ReducedVideo], int]:
         """(held pieces in time order, how many of them from the archive)."""
         archive = stream.archive
         groups = archive.groups() if span_s is None else archive.between(*span_s)
-        held = [archive.get(g) for g in groups]
-        live = [p.video for p in stream.window.parts] + ([tail] if tail else [])
+        held = [(archive.get(g, words.device), 1) for g in groups]
         if span_s is not None:
             first_s, last_s = span_s
             live = [v for v in live if v.pts_s[0] <= last_s and v.pts_s[-1] >= first_s]
-        held += live
+        held = sorted([*held, *((v, 0) for v in live)], key=lambda h: h[0].pts_s[0])
         if not held:
             raise SourceError(
                 f"Nothing of {span_s} s is held of the stream '{stream.engine.name}'; "
                 f"it holds {self._held_span(stream)}."
             )
-        chosen = most_relevant(held, words, stream.engine.config.window_frames)
-        return [held[i] for i in chosen], sum(i < len(groups) for i in chosen)
+        limit = stream.engine.config.window_frames
+        chosen = [held[i] for i in most_relevant([v for v, _ in held], words, limit)]
+        return [v for v, _ in chosen], sum(archived for _, archived in chosen)
 
     def _held_span(self, stream: _Attached) -> str:
         spans = [p.span_s for p in stream.window.parts] + stream.archive.spans()
@@ -266,16 +266,24 @@ class Session:
         for name, rate in shares(self._shared, novelty, self._floor).items():
             self._streams[name].engine.bucket.rate_per_s = rate
 
+    def _accept(self, stream: _Attached, group: list[Wanted], video: EncodedVideo) -> None:
+        with timed(self.timings_ms, "reduce"):
+            parts = stream.engine.accept(video, group[0].gap)
+        stream.engine.newest_s = group[-1].frame.pts_s, group[-1].arrival_s
+        self._admit(stream, parts)
+
     def _admit(self, stream: _Attached, parts: Sequence[Part]) -> None:
+        """Let parts into the window and others out of it, and let the cache follow."""
         engine = stream.engine
-        for part in parts:
-            left = stream.window.admit(part)
-            for group, pieces in groupby(left, key=lambda p: p.group):
-                video = joined([p.video for p in pieces])
-                span_s = [video.pts_s[0], video.pts_s[-1]]
-                engine.note("evicted", part.video.pts_s[-1], group=group, span_s=span_s)
-                for gone in stream.archive.put(group, video):
-                    engine.note("forgotten", part.video.pts_s[-1], group=gone)
+        left = stream.window.admit(parts, engine.waiting)
+        now_s = parts[-1].video.pts_s[-1] if parts else (engine.newest_s or (0.0,))[0]
+        for group, pieces in groupby(left, key=lambda p: p.group):
+            video = joined([p.video for p in pieces])
+            span_s = [video.pts_s[0], video.pts_s[-1]]
+            engine.note("evicted", now_s, group=group, span_s=span_s)
+            for gone in stream.archive.put(group, video):
+                engine.note("forgotten", now_s, group=gone)
+        if parts or left:
             with timed(self.timings_ms, "prefill"):
                 stream.cache.hold([p.video for p in stream.window.parts])
 
@@ -286,17 +294,3 @@ class Session:
             events += engine.events
             engine.events.clear()
         return events
-
-    def _reply(
-        self, stream: _Attached, reply: Reply, videos: Sequence[ReducedVideo], recalled: int
-    ) -> LiveReply:
-        assert stream.newest is not None
-        seen_s = max((v.pts_s[-1] for v in videos), default=stream.newest[0])
-        pts_s, arrival_s = stream.newest
-        return LiveReply(
-            reply,
-            tuple((v.pts_s[0], v.pts_s[-1]) for v in videos),
-            seen_s,
-            arrival_s - (pts_s - seen_s),
-            recalled,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def relevances(videos: Sequence[ReducedVideo], words: Tensor) -> list[float]:
 
 
 class Window:
-    """The parts that the model holds, in time order, at most `frames` frames of them.
+    """The parts that the model holds, in time order: at most `frames` frames, what waits included.
 
     The newest group always stays; a group leaves as a whole.
     """
@@ -53,24 +54,24 @@ class Window:
         self.parts: list[Part] = []
         self._words: Tensor | None = None
 
-    @property
-    def frames(self) -> int:
-        return sum(p.frames for p in self.parts)
-
     def asked(self, words: Tensor) -> None:
         """What was last asked; it says which parts matter least."""
         self._words = words
 
-    def admit(self, part: Part) -> list[Part]:
-        """Add a part; returns those that had to leave for it, in time order."""
+    def admit(self, parts: Sequence[Part], waiting: int = 0) -> list[Part]:
+        """Add parts; returns those that have to leave, in time order.
+
+        waiting: frames that a question sees beside the window.
+        """
+        self.parts += parts
         left: list[Part] = []
-        while self.parts and self.frames + part.frames > self._limit:
+        while sum(p.frames for p in self.parts) + waiting > self._limit:
             groups = list(dict.fromkeys(p.group for p in self.parts))
-            older = [g for g in groups if g != part.group] or groups
-            leaving = self._least(older)
+            if len(groups) < 2:
+                break
+            leaving = self._least(groups[:-1])
             left += [p for p in self.parts if p.group == leaving]
             self.parts = [p for p in self.parts if p.group != leaving]
-        self.parts.append(part)
         return left
 
     def _least(self, groups: Sequence[int]) -> int:
@@ -106,14 +107,8 @@ class Archive:
 
     def put(self, group: int, video: ReducedVideo) -> list[int]:
         """Keep a group; returns the groups forgotten for it."""
-        small = ReducedVideo(
-            video.x.cpu(),
-            Plan.keep(video.plan.anchor.cpu(), video.plan.n),
-            video.grid,
-            video.pts_s,
-            video.budget,
-            video.segments,
-        )
+        plan = Plan.keep(video.plan.anchor.cpu(), video.plan.n)
+        small = replace(video, x=video.x.cpu(), plan=plan)
         self._spans[group] = (video.pts_s[0], video.pts_s[-1])
         self._bytes[group] = small.x.nbytes + small.plan.anchor.nbytes
         self._held[group] = small if self._folder is None else self._write(group, small)
@@ -127,9 +122,11 @@ class Archive:
             forgotten.append(oldest)
         return forgotten
 
-    def get(self, group: int) -> ReducedVideo:
+    def get(self, group: int, device: torch.device | str = "cpu") -> ReducedVideo:
+        """What `put` was given, with a plan that keeps anchors only."""
         held = self._held[group]
-        return _read(held) if isinstance(held, Path) else held
+        video = _read(held) if isinstance(held, Path) else held
+        return replace(video, x=video.x.to(device), plan=video.plan.to(device))
 
     def groups(self) -> list[int]:
         """All that is held, ascending."""

@@ -66,14 +66,26 @@ def test_frame_clock_takes_the_first_frame_at_each_wanted_time() -> None:
 def test_bucket_saves_up_to_its_burst_and_pays_back() -> None:
     bucket = TokenBucket(10.0, 25.0)
     bucket.earn(1.0)
-    assert bucket.tokens == 10
-    bucket.spend(13)
+    assert bucket.tokens == bucket.offer(1.0) == 10
+    bucket.spend(13, 1.0)
     bucket.earn(0.5)
     assert bucket.tokens == 2
     bucket.earn(100.0)
     assert bucket.tokens == 25
     with pytest.raises(BudgetError, match="both must be above 0"):
         TokenBucket(0.0, 1.0)
+
+
+def test_a_part_with_little_new_leaves_tokens_for_a_busy_one() -> None:
+    bucket = TokenBucket(10.0, 400.0)
+    offers = []
+    for news in (4.0, 1.0, 1.0, 10.0):
+        bucket.earn(10.0)
+        offers.append(bucket.offer(news))
+        bucket.spend(offers[-1], news)
+    assert offers == [100, 40, 50, 250]
+    bucket.earn(10.0)
+    assert bucket.offer(1e6) == (500 - 440 + 100)
 
 
 @given(
@@ -97,18 +109,20 @@ def test_busy_streams_get_more() -> None:
 def test_window_lets_whole_groups_leave_oldest_first() -> None:
     window = Window(frames=6)
     for group, time_s in ((0, 0.0), (0, 2.0), (1, 4.0)):
-        assert window.admit(Part(group, video(time_s))) == []
-    left = window.admit(Part(2, video(6.0)))
+        assert window.admit([Part(group, video(time_s))]) == []
+    left = window.admit([Part(2, video(6.0))])
     assert [p.video.pts_s[0] for p in left] == [0.0, 2.0]
     assert [p.group for p in window.parts] == [1, 2]
+    assert [p.group for p in window.admit([], waiting=3)] == [1]
+    assert window.admit([], waiting=50) == []
 
 
 def test_window_lets_the_least_relevant_leave_once_it_was_asked() -> None:
     window = Window(frames=6, evict="least_relevant")
     for group, feature in enumerate(([1.0, 0.0], [0.0, 1.0], [0.9, 0.1])):
-        window.admit(Part(group, video(2.0 * group, feature)))
+        window.admit([Part(group, video(2.0 * group, feature))])
     window.asked(torch.tensor([[1.0, 0.0]]))
-    assert [p.group for p in window.admit(Part(3, video(6.0)))] == [1]
+    assert [p.group for p in window.admit([Part(3, video(6.0))])] == [1]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
