@@ -125,7 +125,7 @@ def select(
     as_json: bool,
 ) -> None:
     """One row for each number of cameras."""
-    from ..timing.select import selection_cost
+    from ..timing.selection import selection_cost
 
     device, kind = _where(device, dtype)
     rows = [selection_cost(int(c), retain, repeats, seed, kind, device) for c in cameras.split(",")]
