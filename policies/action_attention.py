@@ -19,7 +19,7 @@ class ActionAttention:
             model.generate(...)
         looked.mean()
 
-    layers: decoder layers, `VLAPruner.action_layers` for that method. rows: which rows of every
+    layers: of the decoder, see `Reducer.action_layers`. rows: which rows of every
     forward in the block are actions: `slice(-1, None)` where each forward decodes the next action
     token from its last row, prefill included; `slice(-m, None)` where m slots are decoded at once.
     """

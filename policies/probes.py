@@ -46,10 +46,11 @@ class Attention:
         rows: long [b, r], queries of each sequence; taken: bool [b, r], which of them count. What
         a row may not see it gives 0. Works through blocks of rows: memory is [b, h, block, m].
         """
-        total = torch.zeros(self.key.shape[0], self.key.shape[2], device=self.key.device)
+        key = self.key.float()
+        total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
         blocks = zip(rows.split(_QUERY_BLOCK, 1), taken.split(_QUERY_BLOCK, 1), strict=True)
         for block, counts in blocks:
-            share = self._logits(block).softmax(-1)
+            share = self._logits(block, key).softmax(-1)
             total += torch.where(counts[:, None, :, None], share, 0.0).sum((1, 2))
         return total / (self.query.shape[1] * taken.sum(-1, keepdim=True).clamp_min(1))
 
@@ -59,14 +60,15 @@ class Attention:
         rows = torch.arange(n, device=self.query.device).expand(batch, -1)
         return self.received(rows, torch.ones_like(rows, dtype=torch.bool))
 
-    def _logits(self, rows: Tensor) -> Tensor:
+    def _logits(self, rows: Tensor, key: Tensor) -> Tensor:
         """float32 [b, h, r, m] of query rows long [b, r]; hidden keys have the lowest number."""
         at = rows[:, None, :, None]
-        groups = self.query.shape[1] // self.key.shape[1]
-        key = self.key.float().repeat_interleave(groups, dim=1)
-        logits = self.query.take_along_dim(at, 2).float() @ key.mT * self.scaling
-        lowest = torch.finfo(logits.dtype).min
+        query = self.query.take_along_dim(at, 2).float()
+        b, h, r, d = query.shape
         m = key.shape[2]
+        grouped = query.reshape(b, key.shape[1], -1, d)  # heads that share keys, side by side
+        logits = (grouped @ key.mT).view(b, h, r, m) * self.scaling
+        lowest = torch.finfo(logits.dtype).min
         if self.mask is not None:
             mask = self.mask[..., :m].take_along_dim(at, 2)
             return logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
