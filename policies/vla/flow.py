@@ -119,6 +119,7 @@ class FlowPruning:
             self.action_layers = frozenset(range(depth // 2, depth))
         self.inference: Inference | None = None
         self._request: Request | None = None
+        self._shown: tuple[Tensor, Tensor, Tensor] | None = None
         self._stack = ExitStack()
 
     def expect(self, request: Request | None) -> None:
@@ -160,7 +161,7 @@ class FlowPruning:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._request = self.inference = None
+        self._request = self.inference = self._shown = None
 
     def enter(
         self, layer: int, hidden: Tensor, positions: Tensor, mask: Tensor
@@ -189,7 +190,10 @@ class FlowPruning:
         return self.inference.prefill.alive[layer] if self.inference else None
 
     def enter_step(self, layer: int, mask: Tensor) -> Tensor:
-        """A flow step comes to a layer: the mask [b, ..., s, n0 + s], of the keys it has."""
+        """A flow step comes to a layer: the mask [b, ..., s, n0 + s], of the keys it has.
+
+        All layers of a step get one mask, and most have the same keys: it is made once for them.
+        """
         if self.inference is None:
             return mask
         if layer == 0:
@@ -197,9 +201,12 @@ class FlowPruning:
         alive = self.inference.prefill.alive[layer]
         if alive is None:
             return mask
-        length = self.inference.prefill.full_length
-        own = torch.arange(length, mask.shape[-1], device=mask.device)
-        return _taken(mask, torch.cat([alive, own.expand(len(alive), -1)], 1), -1)
+        if self._shown is None or self._shown[0] is not mask or self._shown[1] is not alive:
+            length = self.inference.prefill.full_length
+            own = torch.arange(length, mask.shape[-1], device=mask.device)
+            columns = torch.cat([alive, own.expand(len(alive), -1)], 1)
+            self._shown = mask, alive, _taken(mask, columns, -1)
+        return self._shown[2]
 
     def looks(self, layer: int) -> bool:
         """Whether the action attention of a layer is wanted in this flow step.

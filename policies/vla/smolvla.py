@@ -1,7 +1,8 @@
 """lerobot's SmolVLA.
 
 Its layers are taken apart by `SmolVLMWithExpertModel.forward`, never called, so module hooks never
-fire; the two methods that run a layer's attention are wrapped on the instance instead.
+fire; the two methods that run a layer's attention are wrapped on the instance instead. The prompt's
+last row is the state's, which stands behind the instruction.
 """
 
 from __future__ import annotations
