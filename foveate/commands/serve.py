@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stream.errors import ConfigError, SourceError
 
@@ -17,7 +18,11 @@ from ..settings import AskConfig, reducer_of
 from ..show import err
 from .watch import names_of
 
+if TYPE_CHECKING:
+    import uvicorn
+
 _GRACE_S = 5
+_HEAD_S = 15
 
 
 def access_of(
@@ -52,10 +57,6 @@ def serve(
     config: ServeConfig, access: Access, host: str, port: int, streams: Sequence[str]
 ) -> None:
     """Until Ctrl-C; answers under way get a few seconds to end."""
-    import uvicorn
-
-    from ..serve.app import make_app
-
     listener = _listen(host, port)
     service = make_service(config, access)
     names = names_of(list(streams))
@@ -67,17 +68,28 @@ def serve(
     err.print(f"{service.model} at http://{shown}:{place[1]}/v1", highlight=False)
     if names:
         err.print(f"attached: {', '.join(names)}", highlight=False)
-    server = uvicorn.Server(
+    server_of(service).run(sockets=[listener])
+
+
+def server_of(service: Service, head_s: int = _HEAD_S, grace_s: int = _GRACE_S) -> uvicorn.Server:
+    """head_s: how long a request's head may take. grace_s: what requests get to end at the end."""
+    import uvicorn
+
+    from ..serve.app import make_app
+    from ..serve.edge import Connection
+
+    return uvicorn.Server(
         uvicorn.Config(
             make_app(service),
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=_GRACE_S,
+            timeout_keep_alive=head_s,
+            timeout_graceful_shutdown=grace_s,
         )
     )
-    server.run(sockets=[listener])
 
 
 def make_service(config: ServeConfig, access: Access) -> Service:

@@ -169,18 +169,22 @@ class Answerer:
         reducer: Reducer,
         session: Session,
         reader: Reader,
+        limits: Limits,
         seed: int,
     ) -> None:
-        self._reasoner, self._reducer = reasoner, reducer
-        self._session, self._reader, self._seed = session, reader, seed
+        self._reasoner, self._reducer, self._session = reasoner, reducer, session
+        self._reader, self._limits, self._seed = reader, limits, seed
 
     def gather(self, asked: Asked, folder: Path) -> list[Medium]:
         """What is to be seen, on disk and checked; may take long, touches no model."""
         self._check_text(asked.question)
-        return [
-            self._reader.read(kind, url, folder / str(i))
-            for i, (kind, url) in enumerate(asked.urls)
-        ]
+        left = self._limits.body_bytes
+        media = []
+        for i, (kind, url) in enumerate(asked.urls):
+            target = folder / str(i)
+            media.append(self._reader.read(kind, url, target, left))
+            left -= target.stat().st_size if target.exists() else 0
+        return media
 
     def about_stream(self, asked: Asked, call: Call) -> Outcome:
         call.check()
@@ -250,19 +254,18 @@ class Answerer:
         """Decoded as they are taken; each is held against the limit on pixels."""
         for i, medium in enumerate(media):
             if medium.kind == "image":
-                frames: Iterator[Frame] = iter(
-                    [Frame(read_image(medium.path), i * IMAGE_PERIOD_S, i)]
-                )
-                for frame in frames:
-                    yield frame
+                yield self._fit(Frame(read_image(medium.path), i * IMAGE_PERIOD_S, i), medium)
                 continue
             with VideoFile(medium.path) as source:
                 for frame in source.read(asked.sampling):
-                    height, width = frame.image.shape[:2]
-                    self._reader.check_pixels(width, height, medium.shown)
-                    yield frame
+                    yield self._fit(frame, medium)
                 if source.report.said:
                     notes.append(source.report.said)
+
+    def _fit(self, frame: Frame, medium: Medium) -> Frame:
+        height, width = frame.image.shape[:2]
+        self._reader.check_pixels(width, height, medium.shown)
+        return frame
 
     def _following(self, asked: Asked, call: Call) -> Any:
         def listener(token_ids: Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import Limits, Refusal
 
@@ -120,6 +121,21 @@ class Edge:
                 raise too_large
             if not message.get("more_body", False):
                 return bytes(body)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for ever for the head of a request; here its keep-alive time, from the
+    connection or the reply before, is how long that may take."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def data_received(self, data: bytes) -> None:
+        self.conn.receive_data(data)
+        self.handle_events()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -51,7 +51,12 @@ class Refusal(FoveateError):
         if self.status == 429:
             kind = "rate_limit_error"
         said = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": said}
+        return {"error": {k: v and writable(v) for k, v in said.items()}}
+
+
+def writable(text: str) -> str:
+    """`text` as UTF-8 can hold it: half a surrogate pair becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Places:

@@ -53,11 +53,12 @@ class Reader:
         self._limits = limits
         self._remote, self._private = remote, private
 
-    def read(self, kind: Kind, url: str, target: Path) -> Medium:
-        """The medium at `url`, checked. target: where bytes go that are not on the disk yet."""
+    def read(self, kind: Kind, url: str, target: Path, most_bytes: int) -> Medium:
+        """The medium at `url`, checked. target: where bytes go that are not on the disk yet,
+        `most_bytes` of them at most."""
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            target.write_bytes(_data(url, self._limits.body_bytes))
+            target.write_bytes(_data(url, most_bytes))
             medium = Medium(kind, target, f"the {kind} in the request")
         elif scheme == "file":
             medium = Medium(kind, self._allowed(url), url)
@@ -69,7 +70,7 @@ class Reader:
                     "This server fetches no remote files (--allow-remote lets it); send the file "
                     "as a data: URL.",
                 )
-            fetch(url, target, self._limits.body_bytes, self._limits.request_s, self._private)
+            fetch(url, target, most_bytes, self._limits.request_s, self._private)
             medium = Medium(kind, target, without_credentials(url))
         else:
             raise _refused(

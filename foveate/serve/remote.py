@@ -10,7 +10,9 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -65,6 +67,8 @@ def _get(url: str, target: Path, most_bytes: int, until_s: float, private: bool)
     kind = _Https if parts.scheme == "https" else _Http
     connection = kind(parts.hostname, parts.port, timeout=_step_s(until_s))
     connection.private = private
+    late = threading.Timer(until_s - time.monotonic(), connection.cut)
+    late.start()
     try:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", path, headers={"Accept": "*/*", "User-Agent": "foveate"})
@@ -81,27 +85,40 @@ def _get(url: str, target: Path, most_bytes: int, until_s: float, private: bool)
                         "file_too_large",
                         f"{without_credentials(url)} is larger than {most_bytes:,} bytes.",
                     )
-                _step_s(until_s)
                 file.write(piece)
+        _step_s(until_s)
+        if reply.length:
+            raise OSError(f"the connection ended {reply.length} bytes early")
         return None
     finally:
+        late.cancel()
         connection.close()
 
 
 class _Http(http.client.HTTPConnection):
+    """`cut` ends it from another thread, however slowly the other side sends."""
+
     private = False
+    _wire: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = _connect(self.host, self.port, self.timeout, self.private)
+        self.sock = self._wire = self._connected()
+
+    def cut(self) -> None:
+        if self._wire is not None:
+            with suppress(OSError):
+                self._wire.shutdown(socket.SHUT_RDWR)
+
+    def _connected(self) -> socket.socket:
+        return _connect(self.host, self.port, self.timeout, self.private)
 
 
-class _Https(http.client.HTTPSConnection):
-    private = False
+class _Https(_Http):
+    default_port = http.client.HTTPS_PORT
 
-    def connect(self) -> None:
-        plain = _connect(self.host, self.port, self.timeout, self.private)
+    def _connected(self) -> socket.socket:
         context = ssl.create_default_context()
-        self.sock = context.wrap_socket(plain, server_hostname=self.host)
+        return context.wrap_socket(super()._connected(), server_hostname=self.host)
 
 
 def _connect(host: str, port: int, timeout_s: float | None, private: bool) -> socket.socket:

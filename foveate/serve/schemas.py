@@ -12,16 +12,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stream.live.values import Mode
 
+from .limits import writable
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
-def _writable(text: str) -> str:
-    if any("\ud800" <= c <= "\udfff" for c in text):
+def _characters(text: str) -> str:
+    if writable(text) != text:
         raise ValueError("the text holds half a surrogate pair, which is no character")
     return text
 
 
-Text = Annotated[str, AfterValidator(_writable)]
+Text = Annotated[str, AfterValidator(_characters)]
 
 
 class _Body(BaseModel):
@@ -106,7 +108,8 @@ class ChatRequest(_Body):
 
     @property
     def ignored(self) -> list[str]:
-        return sorted(self.model_extra or {})
+        """Fields that are not used, the first few of them."""
+        return [writable(name[:64]) for name in sorted(self.model_extra or {})[:32]]
 
 
 class StreamRequest(_Exact):

@@ -85,7 +85,7 @@ class Service:
         self._access = access
         session = Session(reasoner, reducer)
         reader = Reader(access.roots, config.limits, remote=access.remote, private=access.private)
-        self.answerer = Answerer(reasoner, reducer, session, reader, config.seed)
+        self.answerer = Answerer(reasoner, reducer, session, reader, config.limits, config.seed)
         self.streams = Streams(session, config.stream, config.source, config.limits)
         self.places = Places(config.limits)
         self.metrics = Metrics(self.streams.rows, lambda: self.places.taken)

@@ -168,10 +168,8 @@ def check_address(source: str, pixels: int, *, remote: bool, private: bool) -> N
     """
     kind = source.partition(":")[0].lower()
     if kind == "lavfi":
-        size = re.search(r"size=(\d+)x(\d+)", source)
-        if not _TEST_PICTURES.fullmatch(source) or (
-            size and not 0 < int(size[1]) * int(size[2]) <= pixels
-        ):
+        sizes = [int(w) * int(h) for w, h in re.findall(r"size=(\d+)x(\d+)", source)]
+        if not _TEST_PICTURES.fullmatch(source) or not all(0 < s <= pixels for s in sizes):
             raise _refused(
                 "Of lavfi: only testsrc, testsrc2, smptebars, smptehdbars, rgbtestsrc and color "
                 "may be attached here, with size=WxH, rate, duration and color."

@@ -13,10 +13,9 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 from PIL import Image
 
-from foveate.serve.app import make_app
+from foveate.commands.serve import server_of
 from foveate.serve.limits import Limits
 from foveate.serve.service import Access, ServeConfig, Service
 from policies.reasoner import VideoReasoner
@@ -65,9 +64,7 @@ def served(
     access = access or Access()
     service = Service(config, access, reasoner, reducer, "test")
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(service), log_config=None, ws="none", timeout_graceful_shutdown=1)
-    )
+    server = server_of(service, head_s=1, grace_s=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
