@@ -199,7 +199,7 @@ def open_source(
         from .live import Live
 
         return Live(name)
-    if (Path(name.partition("#")[0]) / DATASET_INFO).is_file():
+    if is_dataset(name):
         from .lerobot_dataset import LeRobotEpisode
 
         return LeRobotEpisode(name)
@@ -237,6 +237,11 @@ def is_live(name: str) -> bool:
         or name.startswith(("camera:", "lavfi:"))
         or re.fullmatch(r"/dev/video\d+", name) is not None
     )
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a LeRobotDataset lies at the path before a '#'."""
+    return os.path.isfile(Path(name.partition("#")[0]) / DATASET_INFO)
 
 
 def without_credentials(text: str) -> str:

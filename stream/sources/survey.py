@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from stream.errors import SourceError
 
-from .base import IMAGE_SUFFIXES, Decoder, open_source, reason_of, without_credentials
+from .base import IMAGE_SUFFIXES, Decoder, is_dataset, open_source, reason_of, without_credentials
 from .sampling import Sampling, Uniform
 
 
@@ -88,6 +88,8 @@ def _row(path: str, sampling: Sampling, decoder: Decoder, timeout_s: float) -> d
 
 
 def _kind(path: str) -> str:
+    if is_dataset(path):
+        return "dataset"
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):

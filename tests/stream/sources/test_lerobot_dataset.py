@@ -12,6 +12,7 @@ from stream.errors import SourceError
 from stream.sinks.lerobot_writer import LeRobotWriter
 from stream.sources import Fps, Uniform, open_source
 from stream.sources.lerobot_dataset import LeRobotEpisode
+from stream.sources.survey import survey
 
 LENGTHS = (8, 5, 12)
 
@@ -56,6 +57,14 @@ def test_first_episode_and_camera_unless_told(dataset: Path) -> None:
         wrist = next(iter(source.read(Uniform(1))))
     assert first.image.mean() < 5
     assert wrist.image.mean() > 250
+
+
+def test_a_survey_knows_what_it_is(dataset: Path) -> None:
+    (row,) = survey([f"{dataset}#1"])
+    assert (row["kind"], row["result"], row["frames"]) == ("dataset", "ok", LENGTHS[1])
+    (row,) = survey(["x" * 5000 + "#1"])
+    assert (row["kind"], row["result"]) == ("nothing", "error")
+    assert "unexpected" not in row["said"]
 
 
 @pytest.mark.parametrize(
