@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,7 +76,7 @@ def tokenizer() -> Any:
 
 
 @cache
-def smolvlm_folder(full_size: bool = False) -> str:
+def smolvlm_folder(full_size: bool = False) -> tempfile.TemporaryDirectory[str]:
     """What SmolVLA wants of its `vlm_model_name`: a configuration and a processor.
 
     full_size: the shapes of SmolVLM2-500M.
@@ -89,10 +88,10 @@ def smolvlm_folder(full_size: bool = False) -> str:
         SmolVLMVideoProcessor,
     )
 
-    folder = Path(tempfile.mkdtemp(prefix="smolvlm-"))
+    folder = tempfile.TemporaryDirectory(prefix="smolvlm-")
     SmolVLMProcessor(
         SmolVLMImageProcessor(), tokenizer(), SmolVLMVideoProcessor(), image_seq_len=PER_CAMERA
-    ).save_pretrained(folder)
+    ).save_pretrained(folder.name)
     text = {"vocab_size": 49280, "hidden_size": 960, "intermediate_size": 2560}
     text |= {"num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -109,8 +108,8 @@ def smolvlm_folder(full_size: bool = False) -> str:
         scale_factor=4 if full_size else 2,
         image_token_id=2,
         pad_token_id=0,
-    ).save_pretrained(folder)
-    return str(folder)
+    ).save_pretrained(folder.name)
+    return folder
 
 
 def smolvla(**settings: Any) -> Any:
@@ -120,7 +119,7 @@ def smolvla(**settings: Any) -> Any:
     torch.manual_seed(0)
     config = SmolVLAConfig(
         **features(),
-        vlm_model_name=smolvlm_folder(),
+        vlm_model_name=smolvlm_folder().name,
         num_vlm_layers=6,
         num_steps=STEPS,
         expert_width_multiplier=0.5,
@@ -182,7 +181,11 @@ def full_size(kind: str, device: str) -> Any:
     configs = importlib.import_module(f"lerobot.policies.{kind}.configuration_{kind}")
     modeling = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
     shape = {key: features()[key] for key in ("input_features", "output_features")}
-    own = {"vlm_model_name": smolvlm_folder(True)} if kind == "smolvla" else {"dtype": "bfloat16"}
+    own = (
+        {"vlm_model_name": smolvlm_folder(True).name}
+        if kind == "smolvla"
+        else {"dtype": "bfloat16"}
+    )
     torch.manual_seed(0)
     config = getattr(configs, f"{name}Config")(**shape, **own, device=device)
     return getattr(modeling, f"{name}Policy")(config).to(device).eval()

@@ -85,6 +85,17 @@ def test_three_phases_are_lerobots_one(parts: Any, tokens: int | None) -> None:
     assert np.array_equal(chunk.actions, expected)
 
 
+def test_one_policy_may_be_pruned_in_several_ways(parts: Any) -> None:
+    whole = built(parts)
+    unpruned = acted(whole, observed(), N).actions
+    with attach(whole, "vla_pruner", budget=9) as held:
+        chunk = held.act(observed(), seed=4)
+        assert held.plan.k == 9
+        assert np.array_equal(acted(whole, observed(), N).actions, unpruned)
+    assert np.array_equal(chunk.actions, acted(built(parts, pruner()), observed(), 9).actions)
+    assert not np.array_equal(chunk.actions, unpruned)
+
+
 def test_the_spec_says_what_the_policy_is(parts: Any) -> None:
     spec = built(parts).spec
     assert spec.cameras == CAMERAS
