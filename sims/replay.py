@@ -32,7 +32,7 @@ class RecordedWorld(Environment):
         self._spec = EnvironmentSpec(
             name=about["environment"],
             dt_s=about["dt_s"],
-            cameras=dict.fromkeys(about["cameras"], (0, 0)),
+            cameras=about["cameras"],
             state_size=policy.state_size,
             action_low=(-math.inf,) * policy.action_size,
             action_high=(math.inf,) * policy.action_size,

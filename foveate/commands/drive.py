@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..settings import DriveSettings
 from ..show import err, out, print_json, table
 
 if TYPE_CHECKING:
+    from sims.episode import Episode
     from sims.tally import Tally
     from stream.sinks.base import TickSink
     from stream.ticks import Tick
@@ -36,12 +37,12 @@ def drive(
 ) -> None:
     """Run the episodes, record them, sum up."""
     import sims
-    from sims.episode import Episode
-    from sims.tally import Tally
+    from sims.episode import Episode, check_fit
 
     policy = load_policy(settings)
     with ExitStack() as stack:
         world = stack.enter_context(sims.make(environment))
+        check_fit(policy.spec, world.spec)
         sinks = [stack.enter_context(s) for s in sinks_of(record, rerun, video, dataset)]
         neighbour = stack.enter_context(Neighbour())
         world.reset(settings.seed)
@@ -69,46 +70,87 @@ def drive(
             drive_config(settings, budget_ms),
             film=any(sink.needs_film for sink in sinks),
         )
-        tally, settled = Tally(), Tally()
-        episodes: list[dict[str, Any]] = []
-        with progress_line() as say:
-            for seed in range(settings.seed, settings.seed + settings.episodes):
-                mine = Tally()
-                for sink in sinks:
-                    sink.begin({**about, "seed": seed})
-                for tick in episode.run(seed):
-                    if disturb:
-                        neighbour.switch(tally.ticks // disturb % 2 == 1)
-                        if tally.ticks % disturb >= ADAPTATION:
-                            settled.add(tick)
-                    tally.add(tick)
-                    mine.add(tick)
-                    for sink in sinks:
-                        sink.write(tick)
-                    say(line_of(tick, tally, seed))
-                summary = {
-                    "seed": seed,
-                    "instruction": episode.instruction,
-                    "success": tick.success,
-                    "score": tick.score,
-                    "stopped": episode.stopped,
-                    **mine.to_record(),
-                }
-                episodes.append(summary)
-                for sink in sinks:
-                    sink.end(summary)
-    result = {**about, "episodes": episodes, "all": tally.to_record()}
-    if disturb:
-        result["disturbed"] = {
-            "switched_every": disturb,
-            "inferences_after_adaptation": settled.inferences,
-            "misses_after_adaptation": settled.missed,
-            "miss_rate_after_adaptation": round(settled.miss_rate, 4),
-        }
+        run = Run(episode, sinks, neighbour, disturb)
+        seeds = range(settings.seed, settings.seed + settings.episodes)
+        stopped = False
+        try:
+            with progress_line() as say:
+                for seed in seeds:
+                    run.play(seed, about, say)
+        except KeyboardInterrupt:
+            stopped = True
+    result = {**about, **run.to_record()}
     if as_json:
         print_json(result)
-        return
-    show(result, tally)
+    else:
+        show(result, run.tally)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+class Run:
+    """Episodes that were played: a tally of all, and a summary of each that came to its end.
+
+    settled: the ticks of a disturbed run that a controller had had time to adapt before.
+    """
+
+    def __init__(
+        self,
+        episode: Episode[Any],
+        sinks: Sequence[TickSink],
+        neighbour: Neighbour,
+        disturb: int | None,
+    ) -> None:
+        from sims.tally import Tally
+
+        self._episode, self._sinks = episode, sinks
+        self._neighbour, self._disturb = neighbour, disturb
+        self.tally, self.settled = Tally(), Tally()
+        self.summaries: list[dict[str, Any]] = []
+
+    def play(self, seed: int, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        from sims.tally import Tally
+
+        mine = Tally()
+        for sink in self._sinks:
+            sink.begin({**about, "seed": seed})
+        for tick in self._episode.run(seed):
+            mine.add(tick)
+            self._count(tick)
+            for sink in self._sinks:
+                sink.write(tick)
+            say(line_of(tick, self.tally, seed))
+        summary = {
+            "seed": seed,
+            "instruction": self._episode.instruction,
+            "success": tick.success,
+            "score": tick.score,
+            "stopped": self._episode.stopped,
+            **mine.to_record(),
+        }
+        self.summaries.append(summary)
+        for sink in self._sinks:
+            sink.end(summary)
+
+    def _count(self, tick: Tick) -> None:
+        """Count a tick, and let the neighbour come or go before the next."""
+        every = self._disturb
+        if every and self.tally.ticks % every >= ADAPTATION:
+            self.settled.add(tick)
+        self.tally.add(tick)
+        if every:
+            self._neighbour.switch(self.tally.ticks // every % 2 == 1)
+
+    def to_record(self) -> dict[str, Any]:
+        record = {"episodes": self.summaries, "all": self.tally.to_record()}
+        if self._disturb:
+            record["disturbed"] = {
+                "switched_every": self._disturb,
+                "inferences_after_adaptation": self.settled.inferences,
+                "misses_after_adaptation": self.settled.missed,
+                "miss_rate_after_adaptation": round(self.settled.miss_rate, 4),
+            }
+        return record
 
 
 def sinks_of(
@@ -168,12 +210,14 @@ def show(result: dict[str, Any], tally: Tally) -> None:
             e["steps"],
             e["held_steps"],
             f"{e['misses']}/{e['inferences']}",
+            e["announced_late"],
             f"{e['mean_tokens']:.0f}",
             e["stopped"],
         )
         for e in result["episodes"]
     ]
-    columns = ("seed", "told", "success", "score", "steps", "held", "misses", "tokens", "stopped")
+    what = "seed told success score steps held misses foreseen-late tokens stopped"
+    columns = [name.replace("-", " ") for name in what.split()]
     title = f"{result['environment']}, {result['policy']}, " + (
         "no budget" if budget is None else f"budget {budget:g} ms"
     )

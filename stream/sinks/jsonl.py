@@ -90,7 +90,7 @@ class Recording:
                 picture = None if name is None else Image.open(self.folder / name)
             except OSError as error:
                 raise SourceError(f"{self.folder / name} cannot be read: {error}.") from None
-            images[camera] = None if picture is None else np.asarray(picture.convert("RGB"))
+            images[camera] = None if picture is None else np.array(picture.convert("RGB"))
         state = np.asarray(tick["state"], np.float32)
         return Observation(images, state, tick["instruction"], tick["time_s"])
 

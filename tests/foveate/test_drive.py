@@ -13,6 +13,8 @@ import policies.vla
 import sims
 from foveate.cli import app
 from foveate.neighbour import Neighbour
+from policies.vla.base import Scene
+from stream.data import Observation
 from stream.errors import AttachError, ConfigError, UnknownNameError
 from stream.sinks.jsonl import read
 from tests.sims.toys import ToyPolicy, ToyWorld, toy_card
@@ -83,6 +85,25 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert episode.about["time_source"] == found["time_source"]
     assert len(episode.ticks) == found["all"]["ticks"]
     assert all(Path(p).stat().st_size > 1000 for p in places[1:])
+
+
+def test_ctrl_c_says_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stubborn(ToyPolicy):
+        def encode(self, observation: Observation) -> Scene:
+            if len(self.calls) > 150:
+                raise KeyboardInterrupt
+            return super().encode(observation)
+
+    monkeypatch.setattr(policies.vla, "load", lambda *given: Stubborn())
+    options = ["--time", "ms:60", "--episodes", "9", "--record", str(tmp_path / "rec"), "--json"]
+    result = runner.invoke(app, ["drive", "toy", *options])
+    assert result.exit_code == 130
+    found = json.loads(result.stdout)
+    *whole, cut = read(tmp_path / "rec")
+    assert [episode.summary for episode in whole] == found["episodes"]
+    assert found["episodes"]
+    assert cut.summary is None
+    assert found["all"]["ticks"] == sum(len(r.ticks) for r in (*whole, cut)) > 40
 
 
 def test_tables_are_printed() -> None:
