@@ -14,7 +14,7 @@ class TokenBucket:
     """Tokens earned over media time and spent by parts; still times are saved for busy ones.
 
     rate_per_s: tokens earned a second; may be changed while it runs. burst_tokens: the most that
-    can be saved; a quarter of it can be borrowed, and later seconds pay it back.
+    can be saved.
     """
 
     def __init__(self, rate_per_s: float, burst_tokens: float) -> None:
@@ -39,16 +39,16 @@ class TokenBucket:
 
     def offer(self, news: float) -> int:
         """What a part may take, at least 1: as much for each new frame's worth of patches as was
-        earned for one lately, this part included, within what is saved and can be borrowed.
+        earned for one lately, this part included, within what is saved.
 
         A first part so gets all that was earned, and a part with little that is new leaves some.
         """
         earned = self._earned + sum(e for e, _ in self._spent)
         fair = news * earned / (news + sum(n for _, n in self._spent))
-        return max(1, int(min(fair, self._level + self.burst_tokens / 4) + 1e-6))
+        return max(1, int(min(fair, self._level) + 1e-6))
 
     def spend(self, tokens: int, news: float) -> None:
-        """A part took `tokens`, from what `offer` said or with little more."""
+        """A part took `tokens`; the one token more that it may need is paid back later."""
         self._level -= tokens
         self._spent.append((self._earned, news))
         self._earned = 0.0

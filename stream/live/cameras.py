@@ -14,7 +14,7 @@ from stream.sources.live_values import End, Gap, LiveFrame, LiveSettings, Silenc
 
 from .feeds import Feed, check_address, open_feed
 
-_ANSWER_S = 1.0
+_ANSWER_S = 0.25
 
 
 class CameraActor:
@@ -85,4 +85,7 @@ class RemoteFeed:
         ray.kill(self._actor, no_restart=False)
 
     def close(self) -> None:
+        """Once the request under way is answered, or did not come in time."""
+        if self._request is not None:
+            ray.wait([self._request], timeout=2 * _ANSWER_S)
         ray.kill(self._actor)

@@ -71,7 +71,7 @@ def test_parts_cover_every_frame_once_within_the_budget(seed: int, frames: int, 
     assert whole.pts_s == video.pts_s
     assert whole.plan.n == video.grid.size
     assert bool((whole.plan.anchor.diff() > 0).all())
-    assert whole.plan.k <= 3 * frames + 6 * 16 / 4 + len(parts)
+    assert whole.plan.k <= 3 * frames + len(parts)
     assert engine.counts.tokens_out == whole.plan.k == whole.x.shape[0]
     assert torch.allclose(whole.plan.apply(video.x), whole.x, atol=1e-6)
 
