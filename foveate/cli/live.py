@@ -47,6 +47,7 @@ def watch(
     ] = None,
     config: ConfigFile = CONFIGS / "watch" / "default.yaml",
     override: Override = None,
+    as_json: Json = False,
 ) -> None:
     """Attach to cameras and answer as they go on; every answer says how old its frames are."""
     from stream.config import load
@@ -66,7 +67,7 @@ def watch(
     named += overrides(None, **{"stream.tokens_per_s": tokens_per_s, "source.policy": policy})
     settings = load(config, command.WatchConfig, named)
     questions = Questions(tuple(ask or ()), tuple(standing or ()), duration_s(every))
-    command.watch(source, settings, questions, seconds, jsonl, record, rerun, archive)
+    command.watch(source, settings, questions, seconds, jsonl, record, rerun, archive, as_json)
 
 
 @app.command()

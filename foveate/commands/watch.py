@@ -56,8 +56,12 @@ def watch(
     record: Path | None,
     rerun: Path | None,
     archive: Path | None,
+    as_json: bool,
 ) -> None:
-    """Until the sources end, `seconds` passed, or Ctrl-C; everything told so far is written."""
+    """Until the sources end, `seconds` passed, or Ctrl-C; everything told so far is written.
+
+    as_json: one JSON line for each that a person would read.
+    """
     from stream.live.watching import Watcher
 
     names = names_of(sources)
@@ -77,7 +81,8 @@ def watch(
         watcher = Watcher(session, feeds, questions, listeners)
         stack.callback(watcher.close)
         for row in rows_of(watcher, seconds):
-            out.print(line_of(row, config.stale_s), highlight=False, markup=False)
+            said = json.dumps(row) if as_json else line_of(row, config.stale_s)
+            out.print(said, highlight=False, markup=False, soft_wrap=True)
             if lines is not None:
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()

@@ -31,6 +31,7 @@ from stream.sources.live_values import LiveFrame
 
 from .budget_bucket import shares
 from .engine import Counts, StreamEngine, Wanted
+from .spans import span_in
 from .store import Archive, Window, most_relevant
 from .values import Event, LiveReply, Part, StreamConfig, joined
 
@@ -173,8 +174,9 @@ class Session:
         span_s: tuple[float, float] | None = None,
         recall: bool = False,
     ) -> LiveReply:
-        """Answer about the live window; or about a span of media time; or (`recall`) about the
-        parts, archived ones included, that have most to do with the first question.
+        """Answer about the live window; or about a span of media time, which the first question
+        may name itself (`between 60 and 90 s`); or (`recall`) about the parts, archived ones
+        included, that have most to do with the first question.
 
         The past is prefilled from stored tokens, as many frames as the window has.
         Raises SourceError where nothing was seen yet, or nothing of the span is held.
@@ -185,6 +187,7 @@ class Session:
             if newest_s is None:
                 raise SourceError(f"The stream '{name}' has given no frame yet; ask again later.")
             words = self._model.words(questions[0])
+            span_s = span_s or span_in(questions[0])
             stream.window.asked(words)
             tail = stream.engine.tail()
             seen = [p.video for p in stream.window.parts] + ([tail] if tail else [])

@@ -62,7 +62,7 @@ class FakeModel:
 
     def words(self, text: str) -> Tensor:
         """One word, `#LEVEL`: the feature of a patch of that grey; 128 for any other text."""
-        level = int(text[1:]) if text.startswith("#") else 128
+        level = int(text[1:]) if text[1:].isdigit() else 128
         return encoded([picture(level)], [0.0]).x[:1]
 
     def live_cache(self, reanchor: str) -> FakeCache:

@@ -8,6 +8,7 @@ import pytest
 
 from stream.errors import ConfigError, SourceError, UnknownNameError
 from stream.live.session import Session
+from stream.live.spans import span_in
 from stream.live.values import StreamConfig
 from stream.reducers.holitom import HoliTom
 from stream.sources.live_values import Gap, LiveFrame
@@ -71,6 +72,8 @@ def test_the_past_is_gone_from_the_window_and_comes_back_from_the_archive(tmp_pa
         assert past.reply.answers[0].text == "2 frames from 1 to 2"
         assert past.recalled == 2
         assert past.age_s(9.1) == pytest.approx(7.0)
+        named = live.ask("a", ["#what was there from 0:01 to 0:02?"])
+        assert named.spans_s == past.spans_s
         found = live.ask("a", ["#10"], recall=True)
         assert found.spans_s[0] == (0.0, 0.0)
         assert len(found.spans_s) == 4
@@ -133,3 +136,21 @@ def test_names_are_checked() -> None:
         live.ask("dor", ["#1"])
     live.detach("door")
     assert live.names == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "span_s"),
+    [
+        ("what moved between 60 and 90 s?", (60.0, 90.0)),
+        ("what moved from 1:00 to 1:30?", (60.0, 90.0)),
+        ("From 1 to 2.5 minutes, who came?", (60.0, 150.0)),
+        ("from 90 sec until 2 min?", (90.0, 120.0)),
+        ("from 1:00:00 to 1:00:05.5?", (3600.0, 3605.5)),
+        ("between 2 and 3 stars?", None),
+        ("did it go from left to right?", None),
+        ("between 90 and 60 s?", None),
+        ("what color?", None),
+    ],
+)
+def test_a_question_may_name_a_span(question: str, span_s: tuple[float, float] | None) -> None:
+    assert span_in(question) == span_s
