@@ -1,9 +1,10 @@
-"""Loading a video LLM by a name in the box, a local folder or a hub name."""
+"""What is in the box, and loading a video LLM by a name in it, a local folder or a hub name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -16,10 +17,12 @@ from .adapter import supported
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
-def in_the_box() -> dict[str, Path]:
-    """Names of the shipped models and where they lie; '-' in a name is '_' on disk."""
-    folders = (p for p in CHECKPOINTS.iterdir() if (p / "config.json").is_file())
-    return {p.name.replace("_", "-"): p for p in sorted(folders)}
+def in_the_box(kind: Literal["video", "robot"] = "video") -> dict[str, Path]:
+    """Names of the shipped models of a kind and where they lie; '-' in a name is '_' on disk."""
+    configs = sorted(CHECKPOINTS.glob("*/config.json"))
+    robots = {c for c in configs if "action_size" in json.loads(c.read_text())}
+    chosen = (c for c in configs if (c in robots) == (kind == "robot"))
+    return {c.parent.name.replace("_", "-"): c.parent for c in chosen}
 
 
 def quiet() -> None:

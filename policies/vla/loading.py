@@ -28,7 +28,7 @@ def load(name: str, reducer: Reducer | None = None, device: str | None = None) -
     name: of a policy in the box, a folder, or a hub name. device: default is CUDA where there is
     one. Raises AttachError for what cannot be loaded.
     """
-    where = str(in_the_box().get(name, name))
+    where = str(in_the_box("robot").get(name, name))
     config = _config(where)
     kind = config.get("type") or config.get("model_type")
     if kind not in LOADERS:
@@ -50,6 +50,6 @@ def _config(where: str) -> dict[str, Any]:
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise AttachError(
             f"There is no policy '{where}': {str(error).splitlines()[0]} "
-            f"Give one of {', '.join(in_the_box())}, a folder, or a hub name."
+            f"Give one of {', '.join(in_the_box('robot'))}, a folder, or a hub name."
         ) from error
     return config

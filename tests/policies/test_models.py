@@ -26,3 +26,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_what_is_in_the_box() -> None:
     with pytest.raises(AttachError, match="tiny-video"):
         load("tiny-vide", "cpu")
+
+
+def test_video_models_and_robot_policies_are_told_apart() -> None:
+    assert list(in_the_box()) == ["tiny-video"]
+    assert list(in_the_box("robot")) == ["tiny-vla"]
