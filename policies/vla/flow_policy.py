@@ -74,7 +74,7 @@ class FlowPolicy(VLAPolicy):
         dt_s: float = 1 / 30,
     ) -> None:
         self._family: FlowFamily = family_of(policy)
-        self._policy, self._preprocess, self._postprocess = policy, preprocess, postprocess
+        self._preprocess, self._postprocess = preprocess, postprocess
         self._pruning = FlowPruning(self._family, reducer or Identity(), look=True)
         self.device = next(policy.parameters()).device
         config, family = policy.config, self._family
@@ -99,9 +99,8 @@ class FlowPolicy(VLAPolicy):
         return self._spec
 
     def pruned_by(self, reducer: Reducer) -> FlowPolicy:
-        pipelines = self._preprocess, self._postprocess
-        spec = self._spec
-        return FlowPolicy(self._policy, *pipelines, reducer, name=spec.name, dt_s=spec.dt_s)
+        parts = self._family.policy, self._preprocess, self._postprocess
+        return FlowPolicy(*parts, reducer, name=self._spec.name, dt_s=self._spec.dt_s)
 
     @torch.inference_mode()
     def encode(self, observation: Observation) -> FlowScene:

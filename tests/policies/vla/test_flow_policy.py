@@ -146,6 +146,20 @@ def test_an_old_prefix_takes_in_a_newer_state_where_the_state_is_not_in_it(parts
     assert np.array_equal(by_old.actions, by_new.actions) == (parts[0].config.type != "pi0")
 
 
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_relative_actions_start_from_the_state_that_the_policy_knew(kind: str) -> None:
+    policy = BUILDERS[kind](use_relative_actions=True, relative_exclude_joints=[])
+    parts = policy, *models.processors(policy)
+    old = observed(1)
+    new = replace(observed(2), state=old.state + 1)
+    pruned = built(parts, pruner())
+    prefix = pruned.prefill(pruned.encode(old), Budget(9), Memory())
+    before = pruned.act(prefix, old, seed=4)[0].actions
+    assert np.array_equal(before, by_lerobot(parts, old, 9))
+    pruned.encode(new)
+    assert np.array_equal(pruned.act(prefix, old, seed=4)[0].actions, before)
+
+
 def test_attention_is_of_the_tokens_that_are_left(parts: Any) -> None:
     policy = built(parts)
     for reducer in (pruner(), build_reducer("uniform")):
