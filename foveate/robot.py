@@ -29,8 +29,10 @@ QUARTER, ROOM = 0.25, 1.3
 
 def load_policy(settings: DriveSettings) -> VLAPolicy:
     """The policy with its reducer. Raises AttachError where it cannot be had."""
+    from policies.models import quiet
     from policies.vla import load
 
+    quiet()
     reducer = reducer_of(settings.reducer, **settings.settings)
     return load(settings.model, reducer, settings.device)
 
