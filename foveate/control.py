@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from sims.base import Environment
     from sims.outcomes import Cell, Outcome
 
-ORACLE, BLANK = "oracle", "blank pictures"
+CONTROLS = {"oracle": "oracle", "blank": "blank pictures"}
+"""Arms by their names on the command line, and in the table: all tokens in no time, and all tokens
+of grey pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Arm:
     """What is compared.
 
     method: a reducer with settings, as vla_pruner:mode=paper, or a control's name. keep: a share
-    of the tokens; None leaves it to the deadline controller. oracle: all tokens in no time.
+    of the tokens; None leaves it to the deadline controller.
     """
 
     method: str
@@ -38,8 +40,8 @@ class Arm:
     @classmethod
     def of(cls, text: str) -> Arm:
         """METHOD@SHARE, METHOD@deadline, or one of the controls. Raises ConfigError otherwise."""
-        if text in (ORACLE, BLANK.split()[0]):
-            return cls(BLANK if text != ORACLE else ORACLE, 1.0)
+        if text in CONTROLS:
+            return cls(CONTROLS[text], 1.0)
         method, _, keep = text.rpartition("@")
         try:
             share = None if keep == "deadline" else float(keep)
@@ -54,7 +56,7 @@ class Arm:
 
     @property
     def is_control(self) -> bool:
-        return self.method in (ORACLE, BLANK)
+        return self.method in CONTROLS.values()
 
     def settings(self, base: DriveSettings, budget_ms: float | None) -> DriveSettings:
         """`base` with this arm's reducer, share and budget; a control has the reducer of `base`."""
@@ -76,29 +78,20 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One episode of one arm. settings: JSON of the DriveSettings that it is played with."""
+    """One episode of one arm.
 
-    arm: Arm
-    task: str
+    cell: the row it belongs to. settings: JSON of the DriveSettings that it is played with.
+    """
+
+    cell: Cell
     settings: str
+    task: str
     seed: int
 
+    @property
     def key(self) -> tuple[Cell, str, int]:
         """By which its outcome is found again."""
-        from sims.outcomes import Cell
-
-        settings = _settings(self.settings)
-        reducer = reducer_of(settings.reducer, **settings.settings)
-        source = None if settings.budget_ms is None else time_label(settings)
-        cell = Cell(
-            settings.mode,
-            settings.budget_ms,
-            source,
-            self.arm.method,
-            str(reducer.site),
-            self.arm.keep,
-        )
-        return cell, self.task, self.seed
+        return self.cell, self.task, self.seed
 
 
 def jobs_of(
@@ -116,9 +109,19 @@ def jobs_of(
         if arm.keep is None and not budgets:
             raise ConfigError(f"The arm {arm.method}@deadline needs --budgets, in milliseconds.")
         for budget in [None] if arm.is_control or not budgets else budgets:
-            settings = arm.settings(base, budget).model_dump_json()
-            jobs += [Job(arm, task, settings, seed) for task in tasks for seed in seeds]
+            settings = arm.settings(base, budget)
+            cell, text = cell_of(arm, settings), settings.model_dump_json()
+            jobs += [Job(cell, text, task, seed) for task in tasks for seed in seeds]
     return jobs
+
+
+def cell_of(arm: Arm, settings: DriveSettings) -> Cell:
+    from sims.outcomes import Cell
+
+    reducer = reducer_of(settings.reducer, **settings.settings)
+    source = None if settings.budget_ms is None else time_label(settings)
+    where = (settings.mode, settings.budget_ms, source)
+    return Cell(*where, arm.method, str(reducer.site), arm.keep)
 
 
 def play(job: Job) -> Outcome:
@@ -132,7 +135,7 @@ def play(job: Job) -> Outcome:
     world = _world(job.task)
     policy, timing = _ready(job.settings, job.task)
     episode = Episode(
-        Blank(world) if job.arm.method == BLANK else world,
+        Blank(world) if job.cell.method == CONTROLS["blank"] else world,
         policy,
         controller_of(settings, timing.card, policy),
         timing.clock,
@@ -141,9 +144,8 @@ def play(job: Job) -> Outcome:
     tally = Tally()
     for tick in episode.run(job.seed):
         tally.add(tick)
-    cell = job.key()[0]
     return Outcome(
-        **cell._asdict(),
+        **job.cell._asdict(),
         task=job.task,
         seed=job.seed,
         success=tick.success,

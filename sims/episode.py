@@ -115,8 +115,9 @@ class Episode[S]:
             budget_ms=config.budget_ms, cold_ms=config.budget_ms, dt_s=self._dt_s
         )
         self._waits = config.mode == "waiting"
-        budget_ms = config.budget_ms or execute * self._dt_s * 1000
-        self._begin_at = max(0, execute - (0 if self._waits else periods(budget_ms, self._dt_s)))
+        self._useful_ms = config.budget_ms or math.inf
+        lead_ms = 0.0 if self._waits else min(self._useful_ms, execute * self._dt_s * 1000)
+        self._begin_at = max(0, execute - periods(lead_ms, self._dt_s))
         self._control = controller.start()
         self.epoch = -1
 
@@ -175,7 +176,7 @@ class Episode[S]:
             epoch=self.epoch,
             playback=self._playback,
             deadline=deadline,
-            useful_ms=self.config.budget_ms or math.inf,
+            useful_ms=self._useful_ms,
             observation=observation,
             decision=decision,
             promised=decision.runs and not decision.late,
@@ -272,7 +273,7 @@ class Episode[S]:
         gone = 0 if self._waits else periods(elapsed_ms, self._dt_s)
         return Situation(
             slack_ms=deadline.slack_ms(elapsed_ms),
-            useful_ms=(self.config.budget_ms or math.inf) - elapsed_ms,
+            useful_ms=self._useful_ms - elapsed_ms,
             tokens=None if scene is None else scene.x.shape[0],
             has_frame=scene is not None,
             actions_left=max(0, self._playback.left - gone),

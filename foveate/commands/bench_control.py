@@ -79,7 +79,7 @@ def run(
     jobs = jobs_of(chosen, tasks.split(","), seeds, limits, settings)
     mend(play)
     done = {(o.cell, o.task, o.seed) for o in read([play])}
-    left = [job for job in jobs if job.key() not in done]
+    left = [job for job in jobs if job.key not in done]
     err.print(f"{len(jobs) - len(left)} of {len(jobs)} episodes are played already")
     with play.open("a") as file, progress_bars({"episodes": len(left)}) as progress:
         for count, outcome in enumerate(play_all(left, workers), start=1):
