@@ -21,6 +21,7 @@ class AskConfig(Config):
 
     model: a name in the box, a folder, or a hub name. settings: of the reducer. retain: share of
     the visual tokens to keep. frames: how many, evenly spaced; fps: instead, that many a second.
+    encoder: `merge` or `skip` lets a SigLIP tower compute less, see policies/vision.
     """
 
     model: str = "tiny-video"
@@ -31,6 +32,7 @@ class AskConfig(Config):
     fps: Annotated[float, Field(gt=0)] | None = None
     decoder: Literal["pyav", "decord"] = "pyav"
     positions: Literal["keep", "renumber"] = "keep"
+    encoder: Literal["exact", "merge", "skip"] = "exact"
     runner: Literal["ray", "inline"] = "ray"
     device: str | None = None
     seed: int = 0

@@ -22,6 +22,7 @@ from stream.signals import Signal
 from .fit import check_fit, misfit
 from .hooks import INSIDE
 from .probes import Attention, probing
+from .vision.lean import Encoder, Lean
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,21 @@ class VideoAdapter(ABC):
     @abstractmethod
     def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         """Projected and pooled features [n, d] of one video in (t, y, x) order, and their grid."""
+
+    def lean(self, encoder: Encoder) -> Lean | None:
+        """What runs in place of the vision tower; None for `exact`, which every family has."""
+        if encoder == "exact":
+            return None
+        raise AttachError(
+            f"The encoder of {type(self.model).__name__} runs exact only; '{encoder}' is for "
+            "families with a SigLIP tower, such as LLaVA-OneVision."
+        )
+
+    def lean_features(
+        self, lean: Lean, pixels: dict[str, Any], saliency: bool
+    ) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
+        """What `features` gives, and the pooled saliency if asked for, from the tower `lean`."""
+        raise NotImplementedError
 
     @abstractmethod
     def placeholder(self) -> int:

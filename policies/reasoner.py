@@ -25,6 +25,7 @@ from .kvcache import branch
 from .live_cache import LiveCache
 from .models import load
 from .prefill import VideoSpan, lift
+from .vision.lean import Encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class VideoReasoner:
     """Encodes frames, and answers questions about reduced videos, with one transformers model.
 
     positions: `keep` lets a token stand where its anchor stood; `renumber` closes the gaps.
+    encoder: how the vision tower runs, see `policies.vision.lean`.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class VideoReasoner:
         reducer: Reducer,
         *,
         positions: Positions = "keep",
+        encoder: Encoder = "exact",
         max_new_tokens: int = 16,
     ) -> None:
         self.adapter: VideoAdapter = adapter_for(model)
@@ -85,6 +88,7 @@ class VideoReasoner:
         self._max_new_tokens = max_new_tokens
         self._listener: Listener | None = None
         self._needs_saliency = any(Signal.SALIENCY in s.needs for s in reducer.stages)
+        self._lean = self.adapter.lean(encoder)
 
     @classmethod
     def load(cls, name: str, reducer: Reducer, device: str | None = None, **options: Any) -> Self:
@@ -96,8 +100,10 @@ class VideoReasoner:
     def encode(self, frames: Sequence[Frame]) -> EncodedVideo:
         """One pass of the vision encoder over consecutive frames."""
         pixels = self.adapter.pixel_inputs(frames, self._processor)
-        signals = {}
-        if self._needs_saliency:
+        signals: dict[Signal, Tensor] = {}
+        if self._lean is not None:
+            x, grid, signals = self.adapter.lean_features(self._lean, pixels, self._needs_saliency)
+        elif self._needs_saliency:
             tap = SaliencyTap()
             with self.adapter.saliency(tap):
                 x, grid = self.adapter.features(pixels)

@@ -99,6 +99,7 @@ def load_reasoner(config: AskConfig, reducer: Reducer) -> Any:
         reducer,
         config.device,
         positions=config.positions,
+        encoder=config.encoder,
         max_new_tokens=config.max_new_tokens,
     )
 

@@ -33,7 +33,17 @@ LOG_EVERY_S = 30.0
 MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 """Files that make a model what it is; its card does not."""
 
-ENCODING = {"reducer", "settings", "retain", "frames", "fps", "decoder", "positions", "seed"}
+ENCODING = {
+    "reducer",
+    "settings",
+    "retain",
+    "frames",
+    "fps",
+    "decoder",
+    "positions",
+    "encoder",
+    "seed",
+}
 """Settings that decide the reduced tokens."""
 
 ANSWERING = {"device", "max_new_tokens", "questions_at_once"}

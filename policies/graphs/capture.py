@@ -34,8 +34,13 @@ class GraphPool:
         self._memory: Any = None
         self._stream: Any = None
 
-    def capture(self, name: str, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """A graph of `work`, warmed up; None, after one warning, where it cannot be captured."""
+    def capture(
+        self, name: str, work: Callable[[], None], reset: Callable[[], None]
+    ) -> torch.cuda.CUDAGraph | None:
+        """A graph of `work`, warmed up; None, after one warning, where it cannot be captured.
+
+        reset: undoes what a run of `work` changed.
+        """
         start_s = time.perf_counter()
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
@@ -46,6 +51,7 @@ class GraphPool:
             with torch.cuda.stream(self._stream):
                 for _ in range(WARMUP_RUNS):
                     work()
+                    reset()
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 work()
@@ -110,8 +116,11 @@ class Program:
             for own, value in zip(outputs, made, strict=True):
                 own.copy_(value)
 
-        self._graph = self._pool.capture(self._name, work)
-        for tensor, value in zip(self._state, before, strict=True):
-            tensor.copy_(value)
+        def reset() -> None:
+            for tensor, value in zip(self._state, before, strict=True):
+                tensor.copy_(value)
+
+        self._graph = self._pool.capture(self._name, work, reset)
+        reset()
         if self._graph is not None:
             self._inputs, self._outputs = inputs, tuple(outputs)

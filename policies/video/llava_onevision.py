@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from stream.data import Frame, PatchGrid
 from stream.errors import AttachError
 from stream.ops.grids import pool_map
+from stream.signals import Signal
 
 from ..adapter import VideoAdapter, VideoPlace
+from ..vision.lean import Encoder, Lean, lean_tower
 
 
 class Adapter(VideoAdapter):
@@ -89,6 +91,18 @@ class Adapter(VideoAdapter):
             return_dict=True,
         )
         return output.pooler_output[0], self._grid(values.shape[1])
+
+    def lean(self, encoder: Encoder) -> Lean | None:
+        return lean_tower(self.vision_model, encoder)
+
+    def lean_features(
+        self, lean: Lean, pixels: dict[str, Any], saliency: bool
+    ) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
+        frames = pixels["pixel_values"].to(self.model.device, self.model.dtype).flatten(0, 1)
+        hidden, *scores = lean(frames, saliency)
+        grid = self._grid(frames.shape[0])
+        signals = {Signal.SALIENCY: self.pooled_saliency(scores[0], [grid])[0]} if saliency else {}
+        return self.projected(hidden), grid, signals
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Hidden states of the vision tower [f, patches, d] -> features as `features` gives."""

@@ -102,16 +102,18 @@ class SkippingTower:
         for number, layer in enumerate(parts.layers):
             q, k, v = (t.transpose(0, 1) for t in parts.heads(layer, x))
             (q1, q2), (k1, k2), (v1, v2) = apart(q), apart(k), apart(v)
-            k3, v3 = refreshed(k1, k2), refreshed(v1, v2)
+            own = [(q1, k1, v1), (q2, refreshed(k1, k2), refreshed(v1, v2))]
             if saliency and number == len(parts.layers) - 1:
-                q3 = refreshed(q1, q2)
+                looks = [(q1, k1), (refreshed(q1, q2), own[1][1])]
                 scores = [
-                    received(layer, a.transpose(1, 2), b.transpose(1, 2))
-                    for a, b in ((q1, k1), (q3, k3))
+                    received(layer, query.transpose(1, 2), k.transpose(1, 2))
+                    for query, k in looks
+                    if query.numel()
                 ]
-            x1, x2 = apart(x)
-            x1 = parts.attended(layer, x1, *(t.transpose(1, 2) for t in (q1, k1, v1)))
-            x2 = parts.attended(layer, x2, *(t.transpose(1, 2) for t in (q2, k3, v3)))
+            x1, x2 = (
+                parts.attended(layer, x, *(t.transpose(1, 2) for t in seen)) if x.numel() else x
+                for x, seen in zip(apart(x), own, strict=True)
+            )
             x = parts.mixed(layer, torch.cat([x1.flatten(0, 1), x2.flatten(0, 1)]))
         x1, x2 = apart(x)
         place = torch.cat([key, rest])

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from policies.adapter import SaliencyTap
+from policies.adapter import SaliencyTap, adapter_for
+from policies.models import load
+from policies.reasoner import VideoReasoner
 from policies.video.llava_onevision import Adapter
+from policies.vision.lean import Encoder
 from policies.vision.merging import MergingTower, merge
 from policies.vision.siglip import spread
 from policies.vision.skipping import SkippingTower
-from stream.data import PatchGrid
-from stream.errors import ConfigError
+from stream.data import Frame, PatchGrid
+from stream.errors import AttachError, ConfigError
+from stream.registry import build_reducer
+from stream.signals import Signal
 
-from ..tiny_models import llava_onevision
+from ..tiny_models import llava_onevision, qwen2_5_vl
 
 FRAMES, SIDE = 8, 5
 
@@ -147,3 +153,22 @@ def test_spread_names_rows() -> None:
     source = torch.tensor([[2, 0, 0], [1, 1, 2]])
     assert torch.equal(spread(x, source)[1, 0], x[1, 1])
     assert torch.equal(spread(x[..., 0], source)[0], x[0, [2, 0, 0], 0])
+
+
+@pytest.mark.parametrize("encoder", ["merge", "skip"])
+def test_a_reasoner_takes_a_lean_encoder_by_name(encoder: Encoder) -> None:
+    model, processor = load("tiny-video", "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    frames = [Frame(image, float(t), t) for t in range(2)]
+    reducer = build_reducer("holitom")
+    exact_video = VideoReasoner(model, processor, reducer).encode(frames)
+    video = VideoReasoner(model, processor, reducer, encoder=encoder).encode(frames)
+    assert video.grid == exact_video.grid
+    assert video.signals[Signal.SALIENCY].shape == (video.grid.size,)
+    same = error(video.x, exact_video.x)
+    assert same < 1e-5 if encoder == "skip" else 0 < same < 1  # nothing moved: nothing is lost
+
+
+def test_families_without_siglip_name_what_they_lack() -> None:
+    with pytest.raises(AttachError, match="runs exact only"):
+        adapter_for(qwen2_5_vl()).lean("skip")
