@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from stream.reducers.base import Reducer
 from stream.sources import Uniform, open_source
 from stream.sources.live_values import LiveFrame
 
-from .quality import Piece, paired_difference
+from .quality import Piece, append_pieces, paired_difference, read_pieces
 
 Progress = Callable[[str, int], None]
 RETAIN = 0.15
+FRAMES = 32
 BETWEEN_CLIPS_S = 1.0
 
 
@@ -83,16 +84,17 @@ class EncodedOnce:
         return self._model.answer(video, questions)
 
 
-def clips_of(items: Mapping[Path, Sequence[Any]], frames: int) -> list[Clip]:
-    """The videos of a manifest with their questions, `frames` frames of each."""
-    clips, first = [], 0
-    for path, asked in items.items():
-        with open_source(path) as source:
-            read = list(source.read(Uniform(frames)))
-        numbered = tuple(replace(f, index=first + i) for i, f in enumerate(read))
-        first += len(read)
-        clips.append(Clip(path, numbered, tuple(i.question for i in asked)))
-    return clips
+Asked = tuple[Path, Sequence[Any]]
+"""A video and the questions about it."""
+
+
+def read_clip(asked: Asked, first_index: int = 0) -> Clip:
+    """FRAMES frames of a video, numbered from `first_index` on."""
+    path, questions = asked
+    with open_source(path) as source:
+        frames = list(source.read(Uniform(FRAMES)))
+    numbered = tuple(replace(f, index=first_index + i) for i, f in enumerate(frames))
+    return Clip(path, numbered, tuple(questions))
 
 
 def later(clip: Clip, by_s: float) -> Clip:
@@ -138,130 +140,136 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def accuracy(
-    model: Model, reducer: Reducer, clips: Sequence[Clip], seed: int, progress: Progress
-) -> dict[str, Any]:
-    """Offline and every variant of the stream over the same frames; differences paired by clip."""
-    once = EncodedOnce(model)
-    pieces: list[Piece] = []
-    same_plans = 0
-    for done, clip in enumerate(clips, start=1):
-        once.forget()
-        once.learn(clip.frames)
-        encoded = once.encode(clip.frames)
-        budget = Budget.ratio(RETAIN, of=encoded.grid.size)
-        offline = reduce_video(encoded, reducer, budget, Memory(seed=seed))
-        pieces.append(_piece("offline", clip, model.answer(offline, texts(clip)), offline.plan.k))
-        for variant, settings in VARIANTS.items():
-            session = Session(once, reducer)
-            rate = rate_of(clip, once.patches)
-            config = {"fps": None, "gate_level": 0.0, "tokens_per_s": rate, "seed": seed}
-            session.attach("clip", StreamConfig.model_validate({**config, **settings}))
-            show(session, "clip", clip)
-            live = session.ask("clip", texts(clip))
-            tail = session.tail("clip")
-            tokens = session.counts("clip").tokens_out + (tail.plan.k if tail else 0)
-            pieces.append(_piece(variant, clip, live.reply, tokens))
-            if settings.get("lag_frames", 0) is None and tail is not None:
-                same_plans += tail.plan.same_as(offline.plan)
-        progress("clips", done)
-    return {
-        "rows": [_row(pieces, name, "offline", seed) for name in ("offline", *VARIANTS)],
-        "same_plans": same_plans,
-        "clips": len(clips),
-    }
+Measured = Callable[[EncodedOnce, Reducer, Sequence[Clip], int], list[Piece]]
+"""(model, reducer, clips, seed) -> one piece a variant, about the first of the clips"""
 
 
-PAST = (
-    "just seen",
-    "window only",
-    "window only, refilled",
-    "archive, by relevance",
-    "archive, by time",
-)
+def accuracy(once: EncodedOnce, reducer: Reducer, clips: Sequence[Clip], seed: int) -> list[Piece]:
+    """Offline and every variant of a stream of the clip, over the same frames."""
+    clip = clips[0]
+    once.learn(clip.frames)
+    encoded = once.encode(clip.frames)
+    budget = Budget.ratio(RETAIN, of=encoded.grid.size)
+    offline = reduce_video(encoded, reducer, budget, Memory(seed=seed))
+    pieces = [_piece("offline", clip, once.answer(offline, texts(clip)), offline.plan.k)]
+    for variant, settings in VARIANTS.items():
+        session = Session(once, reducer)
+        rate = rate_of(clip, once.patches)
+        config = {"fps": None, "gate_level": 0.0, "tokens_per_s": rate, "seed": seed}
+        session.attach("clip", StreamConfig.model_validate({**config, **settings}))
+        show(session, "clip", clip)
+        live = session.ask("clip", texts(clip))
+        tail = session.tail("clip")
+        alone = session.window("clip") == () and tail is not None
+        same = alone and tail is not None and tail.plan.same_as(offline.plan)
+        pieces.append(
+            _piece(variant, clip, live.reply, spent(session, "clip"), same_plan=float(same))
+        )
+    return pieces
 
 
-def past(
-    model: Model,
-    reducer: Reducer,
-    clips: Sequence[Clip],
-    seed: int,
-    progress: Progress,
-    between: int = 2,
-) -> dict[str, Any]:
-    """Questions about a clip after `between` others have pushed it out of the live window.
+def past(once: EncodedOnce, reducer: Reducer, clips: Sequence[Clip], seed: int) -> list[Piece]:
+    """Questions about a clip after the others have pushed it out of the live window.
 
     `just seen` asks before they come, `window only` after, without the archive.
     """
-    once = EncodedOnce(model)
-    pieces: list[Piece] = []
-    for number in range(0, len(clips) - between, between + 1):
-        asked, *others = in_a_row(clips[number : number + between + 1])
-        once.forget()
-        for clip in (asked, *others):
-            once.learn(clip.frames)
-        config = StreamConfig(
-            fps=None, gate_level=0.0, tokens_per_s=rate_of(asked, once.patches), seed=seed
-        )
-        session = Session(once, reducer)
-        session.attach("row", config)
-        session.attach("refilled", config.model_copy(update={"reanchor": "refill"}))
-        for name in session.names:
-            show(session, name, asked)
-        replies = {"just seen": session.ask("row", texts(asked))}
-        for name in session.names:
-            for clip in others:
-                show(session, name, clip)
-        replies["window only"] = session.ask("row", texts(asked))
-        replies["window only, refilled"] = session.ask("refilled", texts(asked))
-        replies["archive, by relevance"] = session.ask("row", texts(asked), recall=True)
-        replies["archive, by time"] = session.ask("row", texts(asked), span_s=asked.span_s)
-        pieces += [_piece(name, asked, live.reply, 0) for name, live in replies.items()]
-        progress("streams", number // (between + 1) + 1)
-    return {"rows": [_row(pieces, name, "just seen", seed) for name in PAST], "between": between}
-
-
-def sharing(
-    model: Model, reducer: Reducer, clips: Sequence[Clip], seed: int, progress: Progress
-) -> dict[str, Any]:
-    """One busy camera (a clip) and three still ones (the first picture of three others): the same
-    tokens a second in equal parts, or by novelty; questions about the busy one."""
-    once = EncodedOnce(model)
-    pieces: list[Piece] = []
-    spent: dict[str, list[int]] = {"equal split": [], "shared by novelty": []}
-    for number, clip in enumerate(clips):
-        once.forget()
+    asked, *others = in_a_row(clips)
+    for clip in (asked, *others):
         once.learn(clip.frames)
-        others = [clips[(number + k) % len(clips)].frames[0] for k in (1, 2, 3)]
-        once.learn(others)
-        for variant in spent:
-            total = rate_of(clip, once.patches)
-            floor = 1.0 if variant == "equal split" else 0.2
-            session = Session(once, reducer, shared_tokens_per_s=total, floor=floor)
-            for name in ("busy", "still0", "still1", "still2"):
-                session.attach(name, StreamConfig(fps=None, tokens_per_s=total / 4, seed=seed))
-            for frame in clip.frames:
-                now = [replace(o, pts_s=frame.pts_s) for o in others]
-                arrived = {f"still{k}": [_arrived(o)] for k, o in enumerate(now)}
-                session.step({"busy": [_arrived(frame)], **arrived})
-            live = session.ask("busy", texts(clip))
-            tail = session.tail("busy")
-            tokens = session.counts("busy").tokens_out + (tail.plan.k if tail else 0)
-            spent[variant].append(tokens)
-            pieces.append(_piece(variant, clip, live.reply, tokens))
-        progress("clips", number + 1)
-    return {"rows": [_row(pieces, name, "equal split", seed) for name in spent]}
+    config = StreamConfig(
+        fps=None, gate_level=0.0, tokens_per_s=rate_of(asked, once.patches), seed=seed
+    )
+    session = Session(once, reducer)
+    session.attach("row", config)
+    session.attach("refilled", config.model_copy(update={"reanchor": "refill"}))
+    for name in session.names:
+        show(session, name, asked)
+    replies = {"just seen": session.ask("row", texts(asked))}
+    for name in session.names:
+        for clip in others:
+            show(session, name, clip)
+    replies["window only"] = session.ask("row", texts(asked))
+    replies["window only, refilled"] = session.ask("refilled", texts(asked))
+    replies["archive, by relevance"] = session.ask("row", texts(asked), recall=True)
+    replies["archive, by time"] = session.ask("row", texts(asked), span_s=asked.span_s)
+    return [_piece(name, asked, live.reply, 0) for name, live in replies.items()]
+
+
+def sharing(once: EncodedOnce, reducer: Reducer, clips: Sequence[Clip], seed: int) -> list[Piece]:
+    """One busy camera (the first clip) and three still ones (the others' first pictures): the same
+    tokens a second in equal parts, or by novelty; questions about the busy one."""
+    clip, *others = clips
+    once.learn(clip.frames)
+    stills = {f"still{k}": other.frames[0] for k, other in enumerate(others)}
+    once.learn(list(stills.values()))
+    pieces = []
+    for variant, floor in (("equal split", 1.0), ("shared by novelty", 0.2)):
+        total = rate_of(clip, once.patches)
+        session = Session(once, reducer, shared_tokens_per_s=total, floor=floor)
+        for name in ("busy", *stills):
+            session.attach(
+                name, StreamConfig(fps=None, tokens_per_s=total / (1 + len(stills)), seed=seed)
+            )
+        for frame in clip.frames:
+            now = {n: [_arrived(replace(f, pts_s=frame.pts_s))] for n, f in stills.items()}
+            session.step({"busy": [_arrived(frame)], **now})
+        live = session.ask("busy", texts(clip))
+        pieces.append(_piece(variant, clip, live.reply, spent(session, "busy")))
+    return pieces
+
+
+MEASURES: dict[str, tuple[Measured, int, int]] = {
+    "accuracy": (accuracy, 1, 1),
+    "past": (past, 3, 3),
+    "sharing": (sharing, 4, 1),
+}
+"""Name -> (measure, clips it takes, how many clips on the next piece of work begins)"""
+
+
+def measured(
+    name: str,
+    model: Model,
+    reducer: Reducer,
+    items: Sequence[Asked],
+    seed: int,
+    log: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run what is not in `log` yet, then sum up; differences from the first variant are paired."""
+    measure, taken, stride = MEASURES[name]
+    done = {p.video for p in read_pieces(log)}
+    once = EncodedOnce(model)
+    begins = range(0, len(items) - (taken if stride > 1 else 1) + 1, stride)
+    for number, begin in enumerate(begins, start=1):
+        if items[begin][0].name not in done:
+            chosen = [items[(begin + k) % len(items)] for k in range(taken)]
+            once.forget()
+            clips = [read_clip(item, k * FRAMES) for k, item in enumerate(chosen)]
+            append_pieces(log, measure(once, reducer, clips, seed))
+        progress("clips", number)
+    asked = {items[begin][0].name for begin in begins}
+    pieces = [p for p in read_pieces(log) if p.video in asked]
+    variants = list(dict.fromkeys(p.method for p in pieces))
+    rows = [_row(pieces, variant, variants[0], seed) for variant in variants]
+    return {"videos": len(asked), "rows": rows}
+
+
+def spent(session: Session, name: str) -> int:
+    """Tokens a stream has given to the model, those of what waits included."""
+    tail = session.tail(name)
+    return session.counts(name).tokens_out + (tail.plan.k if tail else 0)
 
 
 def first_token(
-    model: Model, reducer: Reducer, clips: Sequence[Clip], repeats: int, progress: Progress
+    model: Model, reducer: Reducer, items: Sequence[Asked], repeats: int, progress: Progress
 ) -> dict[str, Any]:
     """A question's time to its first token: offline over a clip's frames, and on an attached stream
     that has just seen them. Medians over clips and repeats, milliseconds, split by stage."""
     offline: list[Timings] = []
     attached: dict[Mode, list[Timings]] = {"closed": [], "anchor": []}
     session = Session(model, reducer)
-    for number, clip in enumerate(clips):
+    for number, item in enumerate(items):
+        clip = read_clip(item)
         question = texts(clip)[:1]
         for repeat in range(repeats + 1):
             spent: Timings = {}
@@ -319,10 +327,10 @@ def _medians(rows: Sequence[Timings]) -> Timings:
     return {stage: statistics.median(r[stage] for r in rows) for stage in rows[0]}
 
 
-def _piece(variant: str, clip: Clip, reply: Reply, tokens: int) -> Piece:
+def _piece(variant: str, clip: Clip, reply: Reply, tokens: int, **said: float) -> Piece:
     kinds = [q.type for q in clip.questions]
     return Piece(
-        clip.path.name, variant, RETAIN, right(reply, clip.questions), kinds, tokens, 0.0, {}
+        clip.path.name, variant, RETAIN, right(reply, clip.questions), kinds, tokens, 0.0, said
     )
 
 
@@ -338,4 +346,5 @@ def _row(pieces: Sequence[Piece], name: str, base: str, seed: int) -> dict[str, 
         "low": low,
         "high": high,
         "tokens": sum(p.tokens for p in mine) / len(mine),
+        "same_plans": int(sum(p.ms.get("same_plan", 0.0) for p in mine)),
     }

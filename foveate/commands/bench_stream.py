@@ -29,7 +29,10 @@ def stream(
     folder: Path,
     as_json: bool,
 ) -> None:
-    """Measure one thing, print it, and write it to FOLDER/MEASURE.json."""
+    """Measure one thing, print it, and write it to FOLDER/MEASURE.json.
+
+    What is measured clip by clip goes on where it was stopped.
+    """
     import torch
 
     from stream.errors import ConfigError
@@ -40,13 +43,14 @@ def stream(
     method = reducer_of(reducer)
     reasoner = load_reasoner(AskConfig(model=model, device=device, max_new_tokens=4), method)
     folder.mkdir(parents=True, exist_ok=True)
-    with progress_bars({"clips": videos, "streams": videos // 3, "frames": frames}) as progress:
+    with progress_bars({"clips": videos, "frames": frames}) as progress:
         if measure == "long":
             result = _long(reasoner, method, frames, folder, progress)
         elif measure == "cameras":
             result = _cameras(reasoner, method, seconds, fps)
         else:
-            result = _clips(measure, reasoner, method, videos, data, seed, progress)
+            log = folder / f"{measure}_{model.rpartition('/')[2]}_{reducer}_{seed}.jsonl"
+            result = _clips(measure, reasoner, method, videos, data, seed, log, progress)
     result = {
         "measure": measure,
         "model": model,
@@ -72,22 +76,18 @@ def _clips(
     videos: int,
     data: Path,
     seed: int,
+    log: Path,
     progress: Any,
 ) -> dict[str, Any]:
     from policies.video.tiny import dataset
 
     from .. import live_bench
 
-    items = dataset.by_video(dataset.load(dataset.build("heldout", videos, data)))
-    clips = live_bench.clips_of(items, 32)
+    manifest = dataset.build("heldout", videos, data)
+    items = list(dataset.by_video(dataset.load(manifest)).items())
     if measure == "first-token":
-        return live_bench.first_token(model, reducer, clips, 3, progress)
-    measured = {
-        "accuracy": live_bench.accuracy,
-        "past": live_bench.past,
-        "sharing": live_bench.sharing,
-    }[measure]
-    return measured(model, reducer, clips, seed, progress)
+        return live_bench.first_token(model, reducer, items, 3, progress)
+    return live_bench.measured(measure, model, reducer, items, seed, log, progress)
 
 
 def _long(model: Any, reducer: Any, frames: int, folder: Path, progress: Any) -> dict[str, Any]:
@@ -137,20 +137,17 @@ def _show(measure: str, result: dict[str, Any]) -> None:
         said = {k: v for k, v in result.items() if k.endswith("_pct") or k == "fairness"}
         out.print(said)
         return
-    columns = ("variant", "n", "accuracy %", "minus (95 %)", "tokens")
+    columns = ("variant", "n", "accuracy %", "minus (95 %)", "tokens", "plans like offline's")
     cells = [
         [
             r["variant"],
             r["n"],
             f"{r['accuracy']:.1f}",
             f"{r['minus']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]",
-            f"{r['tokens']:.0f}",
+            f"{r['tokens']:.0f}" if r["tokens"] else "-",
+            r["same_plans"] or "-",
         ]
         for r in result["rows"]
     ]
-    out.print(table(f"{measure}, against the first row", columns, cells))
-    if "same_plans" in result:
-        out.print(
-            f"unlimited lag gave offline's plan in {result['same_plans']} of "
-            f"{result['clips']} clips"
-        )
+    title = f"{measure}: {result['videos']} videos, against the first row, paired by video"
+    out.print(table(title, columns, cells))
