@@ -13,19 +13,24 @@ _PARTS_REMEMBERED = 8
 class TokenBucket:
     """Tokens earned over media time and spent by parts; still times are saved for busy ones.
 
-    rate_per_s: tokens earned a second; may be changed while it runs. burst_tokens: the most that
+    rate_per_s: tokens earned a second; may be changed while it runs. burst_s: seconds of it that
     can be saved.
     """
 
-    def __init__(self, rate_per_s: float, burst_tokens: float) -> None:
-        if not (rate_per_s > 0 and burst_tokens > 0):
+    def __init__(self, rate_per_s: float, burst_s: float) -> None:
+        if not (rate_per_s > 0 and burst_s > 0):
             raise BudgetError(
-                f"A bucket of {rate_per_s:g} tokens a second that holds {burst_tokens:g}; "
+                f"A bucket of {rate_per_s:g} tokens a second that holds {burst_s:g} s of them; "
                 "both must be above 0."
             )
-        self.rate_per_s, self.burst_tokens = rate_per_s, burst_tokens
+        self.rate_per_s, self._burst_s = rate_per_s, burst_s
         self._level = self._earned = 0.0
         self._spent: deque[tuple[float, float]] = deque(maxlen=_PARTS_REMEMBERED)
+
+    @property
+    def capacity(self) -> float:
+        """Tokens it holds when full."""
+        return self.rate_per_s * self._burst_s
 
     @property
     def tokens(self) -> int:
@@ -35,7 +40,7 @@ class TokenBucket:
     def earn(self, seconds: float) -> None:
         earned = self.rate_per_s * seconds
         self._earned += earned
-        self._level = min(self.burst_tokens, self._level + earned)
+        self._level = min(self.capacity, self._level + earned)
 
     def offer(self, news: float) -> int:
         """What a part may take, at least 1: as much for each new frame's worth of patches as was

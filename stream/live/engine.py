@@ -78,7 +78,7 @@ class StreamEngine:
         self._gate = PixelGate(config.gate_level, config.gate_silence_s)
         self._open = OpenFrames(tau, longest, config.lag_frames)
         self._seen = LastSeen(tau, longest)
-        self.bucket = TokenBucket(config.tokens_per_s, config.tokens_per_s * config.burst_s)
+        self.bucket = TokenBucket(config.tokens_per_s, config.burst_s)
         self._memory = Memory(seed=config.seed)
         self._gap: Gap | None = None
         self._offered_s: float | None = None
@@ -170,7 +170,7 @@ class StreamEngine:
         return self._spent(video, ready.news)
 
     def _newest(self, frame: EncodedVideo) -> tuple[Part, float]:
-        most = round(self.config.anchor_share * self.bucket.burst_tokens)
+        most = round(self.config.anchor_share * self.bucket.capacity)
         news = self._seen.news(frame, max(1, min(most, self.bucket.tokens)), self.bucket.tokens)
         self._group += news.opens
         budget = Budget(news.plan.k)

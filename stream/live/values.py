@@ -18,7 +18,7 @@ Mode = Literal["closed", "anchor"]
 """A frame's tokens reach the model when its segment closes (true means over the segment), or at
 once (the segment's first frame, then what is new in each later one)."""
 
-Kind = Literal["gated", "gap", "part", "evicted", "archived", "forgotten", "answer"]
+Kind = Literal["gated", "gap", "part", "evicted", "forgotten"]
 
 
 class StreamConfig(Config):

@@ -64,7 +64,7 @@ def test_frame_clock_takes_the_first_frame_at_each_wanted_time() -> None:
 
 
 def test_bucket_saves_up_to_its_burst_and_pays_back() -> None:
-    bucket = TokenBucket(10.0, 25.0)
+    bucket = TokenBucket(10.0, 2.5)
     bucket.earn(1.0)
     assert bucket.tokens == bucket.offer(1.0) == 10
     bucket.spend(13, 1.0)
@@ -77,7 +77,7 @@ def test_bucket_saves_up_to_its_burst_and_pays_back() -> None:
 
 
 def test_a_part_with_little_new_leaves_tokens_for_a_busy_one() -> None:
-    bucket = TokenBucket(10.0, 400.0)
+    bucket = TokenBucket(10.0, 40.0)
     offers = []
     for news in (4.0, 1.0, 1.0, 10.0):
         bucket.earn(10.0)
