@@ -107,9 +107,8 @@ def understand(body: ChatRequest, limits: Limits, retain: float, frames: int) ->
             "foveate.frames",
         )
     new_tokens = body.max_completion_tokens or body.max_tokens or limits.new_tokens
-    span_s = (look.span_s[0], look.span_s[1]) if look.span_s else None
     stream = _stream_of(urls)
-    if stream is None and (span_s or look.recall):
+    if stream is None and (look.span_s or look.recall):
         raise Refusal(400, "not_a_stream", "span_s and recall are for attached streams.", "foveate")
     return Asked(
         _question(turns, limits),
@@ -118,7 +117,7 @@ def understand(body: ChatRequest, limits: Limits, retain: float, frames: int) ->
         look.retain or retain,
         Fps(look.fps, frames) if look.fps else Uniform(frames),
         min(new_tokens, limits.new_tokens),
-        span_s,
+        look.span_s,
         look.recall,
     )
 
@@ -195,6 +194,8 @@ class Answerer:
                 "stream_not_ready",
                 f"The stream '{name}' has given no frame yet; see /v1/streams, and ask again.",
             )
+        held = sum(part.video.plan.k for part in self._session.window(name))
+        self._check_context(asked, held)
         waited_ms = (time.perf_counter() - call.made_s) * 1e3
         with self._following(asked, call):
             live = self._session.ask(

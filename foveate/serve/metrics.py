@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from .answering import Outcome
+    from .streams import Streams
 
 _QUANTILES = (0.5, 0.95, 0.99)
 _KEPT = 1024
@@ -52,13 +53,11 @@ class Quantiles:
 
 
 class Metrics:
-    """rows: how the attached streams fare. under_way: requests that wait or are worked on."""
+    """under_way: requests that wait or are worked on."""
 
-    def __init__(
-        self, rows: Callable[[], list[dict[str, Any]]], under_way: Callable[[], int]
-    ) -> None:
+    def __init__(self, streams: Streams, under_way: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
-        self.stages: dict[str, Quantiles] = {}
+        self._stages: dict[str, Quantiles] = {}
         self._requests = Counter(
             "foveate_requests", "Requests by status.", ["path", "status"], registry=self._registry
         )
@@ -68,7 +67,7 @@ class Metrics:
             ["kind"],
             registry=self._registry,
         )
-        self._registry.register(_Now(rows, under_way, self.stages))
+        self._registry.register(_Now(streams, under_way, self._stages))
 
     def requested(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()
@@ -83,7 +82,7 @@ class Metrics:
         for kind, count in kinds.items():
             self._tokens.labels(kind).inc(count)
         for stage, ms in outcome.timings_ms.items():
-            self.stages.setdefault(stage, Quantiles()).add(ms / 1e3)
+            self._stages.setdefault(stage, Quantiles()).add(ms / 1e3)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -94,18 +93,18 @@ class _Now(Collector):
 
     def __init__(
         self,
-        rows: Callable[[], list[dict[str, Any]]],
+        streams: Streams,
         under_way: Callable[[], int],
         stages: Mapping[str, Quantiles],
     ) -> None:
-        self._rows, self._under_way, self._stages = rows, under_way, stages
+        self._streams, self._under_way, self._stages = streams, under_way, stages
 
-    def collect(self) -> Iterable[Metric]:
-        rows = self._rows()
-        waiting = GaugeMetricFamily("foveate_requests_under_way", "Requests waiting or worked on.")
-        waiting.add_metric([], self._under_way())
-        streams = GaugeMetricFamily("foveate_streams", "Attached streams.")
-        streams.add_metric([], len(rows))
+    def collect(self) -> Iterator[Metric]:
+        rows = self._streams.rows()
+        yield GaugeMetricFamily(
+            "foveate_requests_under_way", "Requests waiting or worked on.", self._under_way()
+        )
+        yield GaugeMetricFamily("foveate_streams", "Attached streams.", len(rows))
         age = GaugeMetricFamily(
             "foveate_stream_frame_age_seconds", "Age of the newest frame.", labels=["stream"]
         )
@@ -114,23 +113,35 @@ class _Now(Collector):
             live.add_metric([row["name"]], float(row["phase"] == "live"))
             if row["frame_age_s"] is not None:
                 age.add_metric([row["name"]], row["frame_age_s"])
-        yield from (waiting, streams, age, live)
+        yield from (age, live)
         for key, said in _PER_STREAM.items():
             family = CounterMetricFamily(f"foveate_stream_{key}", said, labels=["stream"])
             for row in rows:
                 family.add_metric([row["name"]], row["counts"][key])
             yield family
-        lag = Metric(
-            "foveate_stream_lag_seconds", "From a frame's arrival until it is taken in.", "summary"
+        yield _summary(
+            "foveate_stream_lag_seconds",
+            "From a frame's arrival until it is taken in.",
+            "stream",
+            self._streams.lags(),
         )
-        for row in rows:
-            for quantile, value in row["lag_s"].items():
-                lag.add_sample(lag.name, {"stream": row["name"], "quantile": quantile}, value)
-        yield lag
-        stages = Metric("foveate_stage_seconds", "Time of each stage of an answer.", "summary")
-        for stage, seen in list(self._stages.items()):
-            for quantile, value in seen.values().items():
-                stages.add_sample(stages.name, {"stage": stage, "quantile": quantile}, value)
-            stages.add_sample(f"{stages.name}_sum", {"stage": stage}, seen.sum)
-            stages.add_sample(f"{stages.name}_count", {"stage": stage}, seen.count)
-        yield stages
+        yield _summary(
+            "foveate_turn_stage_seconds",
+            "Time of each stage when frames of streams are taken in.",
+            "stage",
+            self._streams.stages,
+        )
+        yield _summary(
+            "foveate_stage_seconds", "Time of each stage of an answer.", "stage", self._stages
+        )
+
+
+def _summary(name: str, said: str, label: str, seen: Mapping[str, Quantiles]) -> Metric:
+    """prometheus_client's own summaries have no quantiles."""
+    summary = Metric(name, said, "summary")
+    for key, values in list(seen.items()):
+        for quantile, value in values.values().items():
+            summary.add_sample(name, {label: key, "quantile": quantile}, value)
+        summary.add_sample(f"{name}_sum", {label: key}, values.sum)
+        summary.add_sample(f"{name}_count", {label: key}, values.count)
+    return summary

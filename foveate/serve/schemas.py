@@ -23,6 +23,7 @@ def _characters(text: str) -> str:
     return text
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(_characters)]
 
 
@@ -82,9 +83,7 @@ class Looking(_Exact):
     retain: float | None = Field(default=None, gt=0, le=1)
     frames: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0, le=240)
-    span_s: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=2)] | (
-        None
-    ) = Field(default=None, min_length=2)
+    span_s: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
     recall: bool = False
 
 

@@ -88,7 +88,7 @@ class Service:
         self.answerer = Answerer(reasoner, reducer, session, reader, config.limits, config.seed)
         self.streams = Streams(session, config.stream, config.source, config.limits)
         self.places = Places(config.limits)
-        self.metrics = Metrics(self.streams.rows, lambda: self.places.taken)
+        self.metrics = Metrics(self.streams, lambda: self.places.taken)
         self.worker = Worker(self.streams.turn)
 
     def attach(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import threading
@@ -9,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from stream.errors import SourceError
+from stream.errors import FoveateError, SourceError
 from stream.live.feeds import Feed, open_feed
 from stream.live.session import Session
 from stream.live.values import StreamConfig
@@ -19,6 +20,8 @@ from stream.sources.live_values import End, LiveFrame, LiveSettings
 
 from .limits import Limits, Refusal
 from .metrics import Quantiles
+
+_LOG = logging.getLogger("foveate.serve")
 
 _TEST_PICTURES = re.compile(
     r"lavfi:(?:testsrc2?|smptebars|smptehdbars|rgbtestsrc|color)"
@@ -35,6 +38,10 @@ class _Camera:
     ended: str = ""
     """Why no more will come; empty while more may."""
 
+    def end(self, said: str) -> None:
+        self.ended = without_credentials(said)
+        self.feed.close()
+
 
 class Streams:
     """Only the model's thread attaches, detaches and turns; any may read `rows`."""
@@ -45,6 +52,8 @@ class Streams:
         self._session, self._config, self._settings = session, config, settings
         self._limits = limits
         self._cameras: dict[str, _Camera] = {}
+        self.stages: dict[str, Quantiles] = {}
+        """Seconds of each stage of a turn."""
         self._lock = threading.Lock()
         """Held while a stream comes or goes, and by who reads all of them."""
 
@@ -99,39 +108,57 @@ class Streams:
             )
 
     def turn(self) -> bool:
-        """Take in what the cameras gave since the last turn."""
+        """Take in what the cameras gave since the last turn; False once none will give more."""
         arrived: dict[str, list[LiveFrame]] = {}
         for name, camera in self._cameras.items():
             if not camera.ended and (frames := self._taken(name, camera)):
                 arrived[name] = frames
         if arrived:
-            for event in self._session.step(arrived):
-                self._cameras[event.stream].segments += len(event.said.get("segments", ()))
-            now_s = time.monotonic()
-            for name, frames in arrived.items():
-                for got in frames:
-                    self._cameras[name].lags.add(got.age_s(now_s))
+            self._step(arrived)
         return any(not camera.ended for camera in self._cameras.values())
+
+    def _step(self, arrived: dict[str, list[LiveFrame]]) -> None:
+        before = dict(self._session.timings_ms)
+        try:
+            events = self._session.step(arrived)
+        except Exception as error:
+            _LOG.exception("the model cannot take the pictures of %s", ", ".join(arrived))
+            for name in arrived:
+                self._cameras[name].end(f"the model cannot take its pictures: {error}")
+            return
+        for stage, ms in self._session.timings_ms.items():
+            self.stages.setdefault(stage, Quantiles()).add((ms - before.get(stage, 0.0)) / 1e3)
+        for event in events:
+            self._cameras[event.stream].segments += len(event.said.get("segments", ()))
+        now_s = time.monotonic()
+        for name, frames in arrived.items():
+            for got in frames:
+                self._cameras[name].lags.add(got.age_s(now_s))
 
     def rows(self) -> list[dict[str, Any]]:
         """How each stream fares, as plain data without secrets."""
         with self._lock:
             return [self._row(name, camera) for name, camera in self._cameras.items()]
 
+    def lags(self) -> dict[str, Quantiles]:
+        """Seconds from a frame's arrival until it was taken in, of each stream."""
+        with self._lock:
+            return {name: camera.lags for name, camera in self._cameras.items()}
+
     def close(self) -> None:
         for camera in self._cameras.values():
             camera.feed.close()
 
     def _taken(self, name: str, camera: _Camera) -> list[LiveFrame]:
-        got = camera.feed.take(0.0)
+        try:
+            got = camera.feed.take(0.0)
+        except FoveateError as error:
+            got = End(str(error), failed=True)
         frames = got if isinstance(got, list) else []
         if any(math.prod(f.frame.image.shape[:2]) > self._limits.pixels for f in frames):
-            height, width = frames[0].frame.image.shape[:2]
-            got = End(f"pictures of {width}x{height} pixels are too large", failed=True)
-            camera.feed.close()
-            frames = []
+            got, frames = End("its pictures are too large (--max-pixels)", failed=True), []
         if isinstance(got, End):
-            camera.ended = without_credentials(got.said)
+            camera.end(got.said)
             self._session.flush(name)
         return frames
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -286,3 +290,23 @@ def test_beyond_this_machine_a_key_is_asked_for(tmp_path: Path, monkeypatch: Any
         access_of("0.0.0.0", "SERVE_KEY", False, **given)
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "no"))):
         access_of("localhost", None, False, [tmp_path / "no"], False, False)
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_ctrl_c() -> None:
+    arguments = ["serve", "--port", "0", "--stream", f"door={CAMERA}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "foveate", *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            place = process.stderr.readline()
+            port = int(re.findall(r"http://127\.0\.0\.1:(\d+)/v1", place)[0])
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+                assert [s["name"] for s in http.get("/v1/streams").json()["data"]] == ["door"]
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    assert "Traceback" not in said

@@ -239,32 +239,38 @@ def test_private_addresses_are_refused_after_look_up_and_on_redirects(
             assert server.refused(seen(url)) == refusal, url
 
 
-def test_remote_files_are_off_by_default(serving: tuple[VideoReasoner, Reducer]) -> None:
-    with served(*serving, request_s=0.5) as plain:
-        assert plain.refused(seen("https://example.com/a.mp4")) == (403, "remote_not_allowed")
-        held, entered = threading.Event(), threading.Event()
+@pytest.fixture(scope="module")
+def hasty(serving: tuple[VideoReasoner, Reducer]) -> Iterator[Served]:
+    """All that is not said is not allowed; and a request has half a second."""
+    with served(*serving, request_s=0.5) as running:
+        yield running
 
-        def hold() -> None:
-            entered.set()
-            held.wait(30)
 
-        plain.service.worker.submit(hold)
-        assert entered.wait(30)
-        late = plain.refused(seen(data_url(png(), "image/png"), kind="image"))
-        held.set()
-        assert late == (504, "timeout")
-        with plain.http() as http:
-            assert http.get("/health", headers={"Host": "evil.example"}).status_code == 403
-            assert http.get("/health").json()["requests"] == 0
-        slow = send(
-            plain.port, b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9"
-        )
-        assert slow == b""
-        slow = send(
-            plain.port,
-            b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
-        )
-        assert b" 408 " in slow.splitlines()[0]
+def test_nothing_is_allowed_by_default(hasty: Served, root: Path) -> None:
+    assert hasty.refused(seen("https://example.com/a.mp4")) == (403, "remote_not_allowed")
+    assert hasty.refused(seen(f"file://{root}/clip.mp4")) == (403, "file_not_allowed")
+    with hasty.http() as http:
+        evil = http.get("/health", headers={"Host": "evil.example"})
+        assert (evil.status_code, evil.json()["error"]["code"]) == (403, "host_not_allowed")
+
+
+def test_slow_work_and_slow_clients_end_in_time(hasty: Served) -> None:
+    held, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        held.wait(30)
+
+    hasty.service.worker.submit(hold)
+    assert entered.wait(30)
+    late = hasty.refused(seen(data_url(png(), "image/png"), kind="image"))
+    held.set()
+    assert late == (504, "timeout")
+    head = b"POST /v1/streams HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9"
+    assert send(hasty.port, head) == b""
+    assert send(hasty.port, head + b"\r\n\r\n{").split()[1] == b"408"
+    with hasty.http() as http:
+        assert http.get("/health").json()["requests"] == 0
 
 
 def send(port: int, data: bytes) -> bytes:
@@ -406,6 +412,18 @@ def test_clients_attach_harmless_cameras_alone(server: Served) -> None:
         assert attach("lavfi:testsrc2=size=64x48", window_frames=2) == (200, "")
         assert attach("lavfi:testsrc2=size=64x48", "b") == (429, "too_many_streams")
         assert http.delete("/v1/streams/door").status_code == 200
+
+
+def test_a_camera_with_large_pictures_is_let_go(server: Served) -> None:
+    server.service.attach("big", "lavfi:testsrc2=size=320x240", {}, trusted=True).result()
+    with server.http() as http:
+        for _ in range(20_000):
+            card = http.get("/v1/streams/big").json()
+            if card["phase"] == "ended":
+                break
+        assert "too large" in card["said"]
+        assert card["counts"]["encoded"] == 0
+        assert http.delete("/v1/streams/big").status_code == 200
 
 
 def test_nothing_is_left_behind(server: Served) -> None:
