@@ -21,12 +21,13 @@ LEVELS = 2
 
 
 class DyCoke(Reducer):
-    """Every second frame keeps what is least like the frame before it; of the others, every second
-    one what is least like the one before it among them.
+    """Thins frames to what is least like an earlier frame, patch by patch.
 
-    Patches are compared at equal places, by cosine; nothing is averaged, in spite of the published
-    name (temporal token merging). The published code's slips are left out: an odd last frame and
-    the last group of four are treated like the others.
+    Every second frame is compared with the one before it, and of the others every second with the
+    one before it among them, so every fourth stays whole. Patches are compared at equal places, by
+    cosine; nothing is averaged, in spite of the published name (temporal token merging). The
+    published code's slips are left out: an odd last frame and the last group of four are treated
+    like the others.
 
     counts: `published` keeps the share 1 - drop of each thinned frame; `exact` shares out what the
         budget leaves beside the whole frames. A budget below a quarter, which the paper cannot
