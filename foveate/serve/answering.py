@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -175,8 +176,8 @@ class Answerer:
         self._reader, self._limits, self._seed = reader, limits, seed
 
     def gather(self, asked: Asked, folder: Path) -> list[Medium]:
-        """What is to be seen, on disk and checked; may take long, touches no model."""
-        self._check_text(asked.question)
+        """What is to be seen, on disk and checked; may take long, touches no model, nor its
+        tokenizer, which is for one thread as well."""
         left = self._limits.body_bytes
         media = []
         for i, (kind, url) in enumerate(asked.urls):
@@ -187,6 +188,7 @@ class Answerer:
 
     def about_stream(self, asked: Asked, call: Call) -> Outcome:
         call.check()
+        self._check_text(asked.question)
         name = asked.stream or ""
         if self._session.newest_s(name) is None:
             raise Refusal(
@@ -215,6 +217,7 @@ class Answerer:
 
     def about_media(self, asked: Asked, media: Sequence[Medium], call: Call) -> Outcome:
         call.check()
+        self._check_text(asked.question)
         timings: Timings = {"queue": (time.perf_counter() - call.made_s) * 1e3}
         parts: list[EncodedVideo] = []
         notes: list[str] = []
@@ -268,7 +271,7 @@ class Answerer:
         self._reader.check_pixels(width, height, medium.shown)
         return frame
 
-    def _following(self, asked: Asked, call: Call) -> Any:
+    def _following(self, asked: Asked, call: Call) -> AbstractContextManager[None]:
         def listener(token_ids: Sequence[int]) -> bool:
             call.say(self._reasoner.text_of(token_ids))
             return call.stop.is_set()

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import Limits, Refusal
 
+MOST_CONNECTIONS = 256
+
 OPEN = "/health"
 """The one path that needs no key."""
 
@@ -124,11 +126,15 @@ class Edge:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which waits for ever for the head of a request; here its keep-alive time, from the
-    connection or the reply before, is how long that may take."""
+    """uvicorn's, which waits for ever for the head of a request, on any number of connections; here
+    its keep-alive time, from the connection or the reply before, is how long a head may take, and
+    connections beyond `MOST_CONNECTIONS` are closed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.close()
+            return
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )

@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 
-from foveate.serve import remote
+from foveate.serve import edge, remote
 from foveate.serve.service import Access
 from policies.reasoner import VideoReasoner
 from stream.reducers.base import Reducer
@@ -271,6 +271,14 @@ def test_slow_work_and_slow_clients_end_in_time(hasty: Served) -> None:
     assert send(hasty.port, head + b"\r\n\r\n{").split()[1] == b"408"
     with hasty.http() as http:
         assert http.get("/health").json()["requests"] == 0
+
+
+def test_connections_have_a_number(hasty: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "MOST_CONNECTIONS", 0)
+    assert send(hasty.port, b"") == b""
+    monkeypatch.undo()
+    with hasty.http() as http:
+        assert http.get("/health").status_code == 200
 
 
 def send(port: int, data: bytes) -> bytes:
