@@ -84,7 +84,8 @@ def _clips(
     from .. import live_bench
 
     manifest = dataset.build("heldout", videos, data)
-    items = list(dataset.by_video(dataset.load(manifest)).items())
+    by_video = dataset.by_video(dataset.load(manifest))
+    items = [(path, [item.question for item in asked]) for path, asked in by_video.items()]
     if measure == "first-token":
         return live_bench.first_token(model, reducer, items, 3, progress)
     return live_bench.measured(measure, model, reducer, items, seed, log, progress)
