@@ -47,7 +47,7 @@ def import_mujoco() -> Any:
 
 
 class Cameras:
-    """'scene' sees the table from the robot's left, 'wrist' looks down from the gripper."""
+    """'scene' sees the table from the robot's right, 'wrist' looks down from the gripper."""
 
     def __init__(self, model: Any, pixels: int) -> None:
         mujoco = self._mujoco = import_mujoco()

@@ -26,7 +26,10 @@ from .options import (
 
 @app.command()
 def ask(
-    video: Annotated[str, typer.Argument(help="A video file, an image or a folder of images.")],
+    video: Annotated[
+        str,
+        typer.Argument(help="A video file, an image, a folder of images, a dataset's DIR#12/top."),
+    ],
     question: Annotated[list[str], typer.Argument(help="One or more questions.")],
     model: Model = None,
     reducer: Method = None,
