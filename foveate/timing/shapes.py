@@ -162,18 +162,30 @@ def _tiny_llava() -> PreTrainedConfig:
     return _llava_onevision({**SIGLIP_SO400M, **TINY, "patch_size": 8}, text, 56)
 
 
-def _qwen2_5_vl_7b() -> PreTrainedConfig:
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
-    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584}
-    text = {**QWEN2_7B, "rope_parameters": rope}
-    whole: Size = {"vision_config": vision, "text_config": text}
+def _qwen2_5_vl(vision: Size, text: Size, sections: list[int]) -> PreTrainedConfig:
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1000000.0}
+    whole: Size = {
+        "vision_config": {**vision, "out_hidden_size": text["hidden_size"]},
+        "text_config": {**text, "rope_parameters": rope},
+    }
     return Qwen2_5_VLConfig(**whole)
+
+
+def _qwen2_5_vl_7b() -> PreTrainedConfig:
+    return _qwen2_5_vl({"depth": 32, "hidden_size": 1280, "num_heads": 16}, QWEN2_7B, [16, 24, 24])
+
+
+def _tiny_qwen2_5_vl() -> PreTrainedConfig:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    text = {**TINY, "vocab_size": 152000, "num_key_value_heads": 2}
+    return _qwen2_5_vl(vision | {"fullatt_block_indexes": [1]}, text, [2, 3, 3])
 
 
 _VIDEO: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava-onevision-7b": _llava_onevision_7b,
     "qwen2.5-vl-7b": _qwen2_5_vl_7b,
     "tiny-llava": _tiny_llava,
+    "tiny-qwen2.5-vl": _tiny_qwen2_5_vl,
 }
 _ACTION: dict[str, tuple[bool, int]] = {
     "openvla-7b": (False, 0),

@@ -21,7 +21,6 @@ from ..reducers.holitom import (
     Windows,
     corrected_ratio,
     published_counts,
-    temporal_mean,
 )
 from ..segmenters import static_windows
 from .cases import Arrays, Case, differs, fitting, tensor
@@ -315,3 +314,19 @@ def _sequence(
         plan = plan.ascending()
     slots = grids.newline_slots(plan.anchor, grid, "grid" if grid_layout else "one_token")
     return grids.insert_rows(plan.apply(x), slots, tensor(newline))
+
+
+def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
+    """Average each static patch over its window; dynamic patches pass.
+
+    Returns the plan, rows ascending by anchor (a static patch is anchored in its window's first
+    frame), and bool [rows], which rows are static.
+    """
+    device = windows.start.device
+    token = torch.arange(grid.size, device=device)
+    still = windows.static[windows.segment].view(-1)
+    segment = windows.segment.repeat_interleave(grid.per_frame)
+    first = windows.start[segment] * grid.per_frame + token % grid.per_frame
+    anchor, row = torch.unique(torch.where(still, first, token), return_inverse=True)
+    length = torch.bincount(row)
+    return Plan.merge(anchor, row, token, 1.0 / length[row], grid.size), still[anchor]

@@ -302,19 +302,3 @@ class Groups:
         entry = torch.repeat_interleave(times)
         step = torch.arange(entry.numel()) - (times.cumsum(0) - times)[entry]
         return slot[entry], self.first[group][entry] + step, (1.0 / times)[entry]
-
-
-def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
-    """Average each static patch over its window; dynamic patches pass.
-
-    Returns the plan, rows ascending by anchor (a static patch is anchored in its window's first
-    frame), and bool [rows], which rows are static.
-    """
-    device = windows.start.device
-    token = torch.arange(grid.size, device=device)
-    still = windows.static[windows.segment].view(-1)
-    segment = windows.segment.repeat_interleave(grid.per_frame)
-    first = windows.start[segment] * grid.per_frame + token % grid.per_frame
-    anchor, row = torch.unique(torch.where(still, first, token), return_inverse=True)
-    length = torch.bincount(row)
-    return Plan.merge(anchor, row, token, 1.0 / length[row], grid.size), still[anchor]

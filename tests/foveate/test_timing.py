@@ -35,6 +35,7 @@ def subject(name: str = "tiny-llava") -> shapes.Subject:
     [
         ("tiny-llava", "holitom"),
         ("tiny-llava", "fastv"),
+        ("tiny-qwen2.5-vl", "holitom"),
         ("tiny-openvla", "vla_pruner"),
         ("tiny-openvla-oft", "vla_pruner"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 from stream.check import check_reducer
 from stream.data import Budget, PatchGrid, Segment, VisualTokens
 from stream.errors import BudgetError, ConfigError
+from stream.golden.holitom import temporal_mean
 from stream.memory import Memory
 from stream.ops import similarity
 from stream.plan import Plan
@@ -25,7 +26,6 @@ from stream.reducers.holitom import (
     Windows,
     corrected_ratio,
     published_counts,
-    temporal_mean,
 )
 from stream.reducers.inner_merge import InnerMerge, fold
 from stream.registry import build_reducer, reducer_class, reducer_names
