@@ -33,8 +33,6 @@ def replay_stream(
 
 
 def _report(story: Story, at_s: float | None, within_s: float) -> dict[str, Any]:
-    from stream.live.missed import seen_by
-
     if at_s is None:
         frames = sorted(story.fates)
         return {
@@ -50,7 +48,7 @@ def _report(story: Story, at_s: float | None, within_s: float) -> dict[str, Any]
             if at_s - within_s <= t <= at_s + within_s
         ],
         "answers": [
-            {**answer, "saw_it": seen_by(answer, at_s)}
+            {**answer, "saw_it": story.saw(answer, at_s)}
             for answer in story.answers
             if answer["pts_s"] >= at_s
         ],

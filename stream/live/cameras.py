@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 
-from stream.actors import RESTARTS
 from stream.errors import FoveateError, SourceError
 from stream.sources.live_values import End, Gap, LiveFrame, LiveSettings, Silence
 
@@ -36,9 +35,7 @@ class RemoteFeed:
 
     def __init__(self, address: str, fps: float | None, settings: LiveSettings) -> None:
         check_address(address)
-        actor = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=RESTARTS)(
-            CameraActor
-        )
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(CameraActor)
         self._actor: Any = actor.remote(address, fps, settings)
         self._request: Any = None
         self._last: LiveFrame | None = None
@@ -58,15 +55,15 @@ class RemoteFeed:
                 raise error.cause from None
             raise
         except ray.exceptions.RayActorError as error:
-            raise SourceError(
-                f"A source's process died more than {RESTARTS} times ({error}); see its logs."
-            ) from None
+            raise SourceError(f"A source's process cannot start: {error}") from None
         self._request = self._actor.take.remote(_ANSWER_S)
         return [self._placed(frame) for frame in got] if isinstance(got, list) else got
 
     def _placed(self, got: LiveFrame) -> LiveFrame:
-        """The frame in ascending media time, also after the actor began anew."""
-        last, frame = self._last, got.frame
+        """The frame in memory of its own and in ascending media time, though the actor may have
+        begun anew."""
+        frame = replace(got.frame, image=got.frame.image.copy())
+        last, got = self._last, replace(got, frame=frame)
         if last is not None and frame.pts_s + self._shift_s <= last.frame.pts_s:
             missing_s = max(1e-3, got.arrival_s - last.arrival_s)
             self._shift_s = last.frame.pts_s + missing_s - frame.pts_s

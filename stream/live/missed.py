@@ -53,6 +53,12 @@ class Story:
     answers: list[dict[str, Any]] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
+    def saw(self, answer: Mapping[str, Any], at_s: float) -> bool:
+        """Whether an answer rests on what the encoder last saw at a moment."""
+        shown = [t for t, fate in self.fates.items() if not fate.gated and t <= at_s]
+        spans: Sequence[Sequence[float]] = answer["seen_s"]
+        return bool(shown) and any(first <= max(shown) <= last for first, last in spans)
+
     def around(self, at_s: float, within_s: float) -> list[Fate]:
         return [f for t, f in sorted(self.fates.items()) if abs(t - at_s) <= within_s]
 
@@ -89,9 +95,3 @@ def _fates(row: Mapping[str, Any]) -> list[Fate]:
     kinds = (paint == ALONE, paint >= 0, paint == DROPPED)
     counts = np.stack([kind.sum(1) for kind in kinds], axis=1).tolist()
     return [Fate(pts_s, False, row["group"], *counts[t]) for t, pts_s in enumerate(row["frames_s"])]
-
-
-def seen_by(answer: Mapping[str, Any], at_s: float) -> bool:
-    """Whether the moment lies within what an answer rests on."""
-    spans: Sequence[Sequence[float]] = answer["seen_s"]
-    return any(first <= at_s <= last for first, last in spans)

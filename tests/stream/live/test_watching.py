@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stream.errors import ConfigError
-from stream.live.missed import seen_by, stories
+from stream.live.missed import stories
 from stream.live.record import FILE, Recorder, read
 from stream.live.session import Session
 from stream.live.values import StreamConfig
@@ -123,8 +123,8 @@ def test_a_record_says_what_became_of_every_frame(tmp_path: Path) -> None:
     assert story.fates[3].said.startswith("gated")
     assert story.missed == [(5, 0, ("reconnect",))]
     assert [f.pts_s for f in story.around(4.6, 0.7)] == [4, 5]
-    assert seen_by(story.answers[-1], 6.0)
-    assert not seen_by(story.answers[-1], 2.0)
+    assert [story.saw(story.answers[-1], t) for t in (2.0, 5.0, 6.0, 6.7)] == [False, *[True] * 3]
+    assert story.saw(story.answers[3], 3.0)
     pictures = sorted((tmp_path / "record" / "frames" / "door").iterdir())
     assert len(pictures) == 8
 
