@@ -5,7 +5,9 @@ episode's own clock. Then the world is stepped for as long as that took, with wh
 the rest of the last chunk, then the environment's hold. Only then the result is delivered.
 
 An inference begins early enough that, if it takes the whole budget, the actions that are meant to
-be executed of the last chunk are done when it ends; and at once when the robot stands.
+be executed of the last chunk are done when it ends; and at once when the robot stands. Where the
+last one took longer than a chunk lasts, nothing would be left of a chunk that was begun early, so
+the robot goes to the end of what it has and stands while it thinks.
 
 Which actions of a chunk are past when it comes: those the robot made since the observation, from
 the chunk before. A hold is no move, so a robot that stood still begins at the start of its chunk
@@ -128,7 +130,7 @@ class Episode[S]:
         self.epoch += 1
         self.instruction = self.environment.reset(seed)
         self.stopped = ""
-        self._seed, self._ticks, self._idle = seed, 0, 0
+        self._seed, self._ticks, self._idle, self._took_ms = seed, 0, 0, 0.0
         self._playback = Playback.empty(self.environment.spec.action_size)
         self._memory = Memory(seed=seed)
         self._prefix: Prefix | None = None
@@ -246,7 +248,9 @@ class Episode[S]:
     @property
     def _has_time(self) -> bool:
         """Whether the next look can wait for another action."""
-        return self._playback.left > 0 and self._playback.position < self._begin_at
+        if self._waits or periods(self._took_ms, self._dt_s) < len(self._playback.chunk):
+            return self._playback.left > 0 and self._playback.position < self._begin_at
+        return self._playback.left > 0
 
     def _step(self, executed: list[Floats], seen: list[Observation | None]) -> None:
         if self.film:
@@ -332,7 +336,7 @@ class Episode[S]:
             )
         if thought.epoch != self.epoch or thought.chunk is None:
             return 0
-        self._prefix = thought.prefix
+        self._prefix, self._took_ms = thought.prefix, thought.elapsed_ms
         before, now = thought.playback, self._playback
         past = now.moves - before.moves
         if self.config.align == "time":

@@ -94,17 +94,24 @@ def test_no_time_at_all_still_moves_the_world() -> None:
 
 
 def test_a_late_chunk_goes_on_where_the_robot_is() -> None:
-    """Made 3 moves of the old chunk while the new one came, then stood: its first 3 are past."""
-    episode = stated(125, budget_ms=200)
+    """Made two moves of the old chunk while the new one came, then stood: its first two are past"""
+    episode = stated(75, budget_ms=200)
     episode.reset(1)
-    first = episode.go_on(episode.think())
-    assert (first.skipped, first.held, len(first.executed)) == (0, 10, 10)
-    second = episode.go_on(episode.think())
-    assert second.late
-    assert (second.skipped, second.held) == (8, 2)
-    np.testing.assert_array_equal(second.executed[:8], first.chunk.actions)
-    third = episode.go_on(episode.think())
-    assert third.skipped == 0
+    first, second, third = (episode.go_on(episode.think()) for _ in range(3))
+    assert (first.skipped, first.held, first.late) == (0, 6, False)
+    assert (second.skipped, second.held, second.late) == (6, 0, False)
+    np.testing.assert_array_equal(second.executed, first.chunk.actions[:6])
+    assert (third.skipped, third.held, third.late) == (2, 4, True)
+    np.testing.assert_array_equal(third.executed[:2], second.chunk.actions[6:])
+    np.testing.assert_array_equal(
+        episode.go_on(episode.think()).executed[:6], third.chunk.actions[2:]
+    )
+
+
+def test_a_policy_slower_than_its_chunks_stands_while_it_thinks() -> None:
+    ticks = list(stated(125).run(seed=1))
+    assert {(t.skipped, t.held, len(t.executed)) for t in ticks[:-1]} == {(0, 10, 18)}
+    np.testing.assert_array_equal(ticks[0].executed[10:], ticks[0].chunk.actions)
 
 
 def test_by_time_nothing_is_left_of_a_chunk_that_is_too_late() -> None:
