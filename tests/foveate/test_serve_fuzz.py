@@ -6,7 +6,10 @@ pytest --slow -s tests/foveate/test_serve_fuzz.py prints what the long run count
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +32,7 @@ from schemathesis.specs.openapi.checks import (
 from foveate.serve.service import Access
 from policies.reasoner import VideoReasoner
 from stream.reducers.base import Reducer
+from stream.sources.survey import rss_mib
 
 from .serving import CAMERA, MODEL, Served, data_url, png, served
 
@@ -70,12 +74,13 @@ TEXTS = st.text(max_size=30) | st.sampled_from(
 NUMBERS = st.one_of(
     st.integers(), st.floats(), st.none(), st.booleans(), st.text(max_size=3), st.just(10**30)
 )
+MEDIA = st.builds(
+    lambda kind, url: {"type": kind, kind: {"url": url}},
+    st.sampled_from(("image_url", "video_url")),
+    st.sampled_from(URLS) | st.text(max_size=20),
+)
 PARTS = st.one_of(
-    st.builds(
-        lambda kind, url: {"type": kind, kind: {"url": url}},
-        st.sampled_from(("image_url", "video_url")),
-        st.sampled_from(URLS) | st.text(max_size=20),
-    ),
+    MEDIA,
     TEXTS.map(lambda text: {"type": "text", "text": text}),
     st.sampled_from(({}, {"type": "audio"}, None, 1, {"type": "image_url", "image_url": "x"})),
 )
@@ -85,7 +90,7 @@ MESSAGES = st.fixed_dictionaries(
         "content": st.one_of(TEXTS, st.lists(PARTS, max_size=4), st.none()),
     }
 )
-CHATS = st.fixed_dictionaries(
+NONSENSE = st.fixed_dictionaries(
     {"model": st.just(MODEL), "messages": st.lists(MESSAGES, max_size=3)},
     optional={
         "stream": st.booleans(),
@@ -100,11 +105,48 @@ CHATS = st.fixed_dictionaries(
         ),
     },
 )
+WELL_FORMED = st.fixed_dictionaries(
+    {
+        "model": st.just(MODEL),
+        "messages": st.builds(
+            lambda medium, text: [
+                {"role": "user", "content": [medium, {"type": "text", "text": text}]}
+            ],
+            MEDIA,
+            st.just("what?") | TEXTS,
+        ),
+    },
+    optional={
+        "stream": st.booleans(),
+        "temperature": NUMBERS,
+        "foveate": st.fixed_dictionaries(
+            {},
+            optional={
+                "retain": st.floats(0, 1, exclude_min=True),
+                "fps": st.floats(0, 240, exclude_min=True),
+                "span_s": st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
+                "recall": st.booleans(),
+            },
+        ),
+    },
+)
+"""Nothing is wrong with these but what they ask for."""
 
 
 @pytest.fixture(scope="module")
-def server(serving: tuple[VideoReasoner, Reducer], tmp_path_factory: Any) -> Iterator[Served]:
-    access = Access(roots=(Path(tmp_path_factory.mktemp("root")),), remote=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the server puts what a request sends it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("scratch")
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(
+    serving: tuple[VideoReasoner, Reducer], scratch: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    access = Access(roots=(tmp_path_factory.mktemp("root"),), remote=True)
     limits = {"pixels": 300 * 300, "text_chars": 2000, "new_tokens": 2, "streams": 2, "frames": 4}
     with served(*serving, access, body_mib=1.0, **limits) as running:
         with running.http() as http:
@@ -161,9 +203,11 @@ def never_broken(server: Served, count: int) -> dict[str, Counter[int]]:
             for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
                 strategy = operation.as_strategy(generation_mode=mode)
                 seen[f"{operation.label}, {mode.value}"] = sent(strategy, count, call)
-        seen["hostile chats"] = sent(CHATS, 10 * count, converse)
+        seen["nonsense chats"] = sent(NONSENSE, 4 * count, converse)
+        seen["hostile chats"] = sent(WELL_FORMED, 6 * count, converse)
         health = http.get("/health").json()
-        assert (health["status"], health["requests"]) == ("ok", 0)
+        assert (health["status"], health["requests"], health["streams"]) == ("ok", 0, 1)
+    assert not list(Path(tempfile.gettempdir()).iterdir())
     return seen
 
 
@@ -177,14 +221,25 @@ def test_sixty_generated_requests_break_nothing(server: Served) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_generated_requests_break_nothing(server: Served) -> None:
-    began_s = time.monotonic()
+    never_broken(server, 4)
+    began_s, before = time.monotonic(), held()
     seen = never_broken(server, 100)
     for kind, statuses in seen.items():
         told = ", ".join(f"{n} x {status}" for status, n in sorted(statuses.items()))
         sys.stdout.write(f"{kind}: {told}\n")
     total = sum(kind.total() for kind in seen.values())
-    lasted_s = time.monotonic() - began_s
+    after = held()
     sys.stdout.write(
-        f"{total} requests in {lasted_s:.0f} s, {bad(seen)} refused; no 5xx, no hang\n"
+        f"{total} requests in {time.monotonic() - began_s:.0f} s, {bad(seen)} refused; no 5xx, no "
+        f"hang; threads {before[0]} -> {after[0]}, open files {before[1]} -> {after[1]}, "
+        f"resident {before[2]:.0f} -> {after[2]:.0f} MiB\n"
     )
     assert bad(seen) >= 1000
+    assert after[0] <= before[0] + 2
+    assert after[1] <= before[1] + 4
+    assert after[2] <= before[2] + 100
+
+
+def held() -> tuple[int, int, float]:
+    """Threads, open files and resident MiB of this process, which is the server's too."""
+    return threading.active_count(), len(os.listdir("/dev/fd")), rss_mib()
