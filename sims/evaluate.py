@@ -3,8 +3,8 @@
     python -m sims.evaluate --model DIR --methods vla_pruner,fastv --keep 1,0.25 --out results.jsonl
 
 Waiting mode: the world stands still while the policy thinks. A cell is a method with a kept share;
-all cells play the same episodes. Their outcomes are appended to a file of JSON lines, one for each
-episode, and a run that is started again plays what is missing.
+all cells play the same episodes. Outcomes are appended to a file, a JSON line for each episode, as
+soon as a task is done; a run that is started again plays what is missing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -155,17 +156,19 @@ Jobs = list[tuple[str, int]]
 
 
 def missing(cells: Sequence[Cell], jobs: Jobs, out: Path) -> Iterator[tuple[Cell, Jobs]]:
-    """The cells with episodes that are not in the file yet."""
+    """The episodes of each cell that are not in the file yet, task by task."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(x["method"], x["keep"], x["site"], x["task"], x["seed"]) for x in lines}
-    for cell in cells:
-        left = [job for job in jobs if (cell.method, cell.keep, cell.site, *job) not in done]
+    tasks = dict.fromkeys(name for name, _ in jobs)
+    for cell, task in product(cells, tasks):
+        of_task = [job for job in jobs if job[0] == task]
+        left = [job for job in of_task if (cell.method, cell.keep, cell.site, *job) not in done]
         if left:
             yield cell, left
 
 
 def play(cell: Cell, jobs: Jobs, pool: Pool, policy: OpenVLAPolicy, lock: Lock) -> list[Any]:
-    """The outcomes of one cell as lines of the file."""
+    """The outcomes of some episodes of a cell as lines of the file."""
     player = Player(policy.pruned_by(cell.reducer), cell, lock)
     size = policy.spec.grid.size
     return [
@@ -214,10 +217,8 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true", help="also blank and foreign pictures")
     parser.add_argument("--device")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument(
-        "--slots", type=int, default=50, help="episodes played at once, for each cell"
-    )
-    parser.add_argument("--at-once", type=int, default=1, help="cells that share the processes")
+    parser.add_argument("--slots", type=int, default=50, help="episodes of a task played at once")
+    parser.add_argument("--at-once", type=int, default=1, help="tasks that share the processes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     names = args.tasks.split(",")
@@ -230,13 +231,13 @@ def main() -> None:
     policy, lock = load(args.model, device=args.device), Lock()
     if not isinstance(policy, OpenVLAPolicy):
         raise ConfigError(f"'{args.model}' cannot play in batches; `foveate drive` plays it alone.")
-    processes, slots = args.processes // args.at_once, min(args.slots, len(jobs))
+    processes, slots = args.processes // args.at_once, min(args.slots, args.episodes)
     with ExitStack() as stack:
         pools: SimpleQueue[Pool] = SimpleQueue()
         for _ in range(args.at_once):
             pools.put(stack.enter_context(Pool(slots, max(1, min(processes, slots)), names[0])))
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        bar = progress.add_task("cells", total=len(todo))
+        bar = progress.add_task("tasks", total=len(todo))
         file = stack.enter_context(args.out.open("a"))
         workers = stack.enter_context(ThreadPoolExecutor(args.at_once))
 

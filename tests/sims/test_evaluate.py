@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from policies.vla import load
+from policies.vla.openvla import OpenVLAPolicy
 from sims.base import StepResult
 from sims.evaluate import Cell, Player, cells_of, missing, play, summary
 from sims.pool import Batch, Pool
@@ -105,11 +107,28 @@ def test_controls_show_something_else() -> None:
 
 def test_what_is_in_the_file_is_not_played_again(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    jobs = [("push", 0), ("push", 1)]
+    jobs = [("push", 0), ("push", 1), ("reach", 0)]
     cells = [Cell.of("fastv:layer=2", 0.5), Cell.of("divprune", 0.5)]
-    assert [left for _, left in missing(cells, jobs, out)] == [jobs, jobs]
+    assert [left for _, left in missing(cells, jobs, out)] == [jobs[:2], jobs[2:]] * 2
     lines = play(cells[0], [(TEXTS[0], 1)], cast(Pool, Stillness()), policy("parallel"), Lock())
     lines[0] |= {"task": "push"}
     out.write_text(json.dumps(lines[0]) + "\n")
-    assert [left for _, left in missing(cells, jobs, out)] == [[("push", 0)], jobs]
+    assert [left for _, left in missing(cells, jobs, out)] == [
+        [("push", 0)],
+        jobs[2:],
+        jobs[:2],
+        jobs[2:],
+    ]
     assert summary(out).row_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("pictures")
+def test_the_policy_in_the_box_opens_a_drawer_by_sight() -> None:
+    jobs = [("metaworld:drawer-open", 0)]
+    in_the_box = cast(OpenVLAPolicy, load("tiny-vla", device="cpu"))
+    with Pool(1, 1, jobs[0][0]) as pool:
+        for cell, solved in (Cell.of("vla_pruner", 0.25), True), (cells_of([], [], True)[0], False):
+            (line,) = play(cell, jobs, pool, in_the_box, Lock())
+            assert line["success"] == solved
