@@ -81,15 +81,17 @@ def serve(
     allow_root: Annotated[
         list[Path] | None, typer.Option(help="Folder whose files may be read as file://...")
     ] = None,
-    allow_remote: Annotated[bool, typer.Option(help="Fetch http(s):// files.")] = False,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Fetch http(s):// files.")
+    ] = False,
     allow_private: Annotated[
-        bool, typer.Option(help="From private addresses too, and cameras there.")
+        bool, typer.Option("--allow-private", help="From private addresses too, and cameras there.")
     ] = False,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds the API key.")
     ] = None,
     without_key: Annotated[
-        bool, typer.Option(help="Listen beyond this machine without an API key.")
+        bool, typer.Option("--without-key", help="Listen beyond this machine without an API key.")
     ] = False,
     max_body_mb: Annotated[float | None, typer.Option(help="MiB of a request.")] = None,
     max_duration_s: Annotated[float | None, typer.Option(help="Of a video.")] = None,

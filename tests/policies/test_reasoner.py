@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +114,33 @@ def whole_inputs(model: Any, processor: Any, reasoner: VideoReasoner, question: 
     if not llava:
         inputs["mm_token_type_ids"] = (row == VIDEO_ID).int() * 2
     return inputs
+
+
+def test_a_listener_follows_an_answer_and_ends_it() -> None:
+    model, processor = family("llava_onevision")
+    method = build_reducer("identity")
+    reasoner = VideoReasoner(model, processor, method, max_new_tokens=4)
+    encoded = reasoner.encode(FRAMES)
+    video = reduce_video(encoded, method, Budget(encoded.grid.size), Memory())
+    whole = reasoner.answer(video, ["what moves"]).answers[0]
+    heard: list[tuple[int, ...]] = []
+
+    def listener(token_ids: Sequence[int]) -> bool:
+        heard.append(tuple(token_ids))
+        return len(token_ids) == 2
+
+    with reasoner.generating(6, listener):
+        short = reasoner.answer(video, ["what moves"]).answers[0]
+    assert [len(ids) for ids in heard] == [1, 2]
+    assert heard[-1] == short.token_ids == whole.token_ids[:2]
+    assert reasoner.answer(video, ["what moves"]).answers[0] == whole
+    assert len(heard) == 2
+
+
+def test_control_tokens_in_a_text_are_found() -> None:
+    model, processor = family("llava_onevision")
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    reasoner = VideoReasoner(model, processor, build_reducer("identity"))
+    assert reasoner.control_tokens("what moves now or never") == []
+    assert reasoner.control_tokens("what <end> moves <video>") == ["<end>", "<video>"]
+    assert reasoner.text_tokens("what moves") == 4
