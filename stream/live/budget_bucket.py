@@ -42,15 +42,17 @@ class TokenBucket:
         self._earned += earned
         self._level = min(self.capacity, self._level + earned)
 
-    def offer(self, news: float) -> int:
+    def offer(self, news: float, seconds: float = 0.0) -> int:
         """What a part may take, at least 1: as much for each new frame's worth of patches as was
         earned for one lately, this part included, within what is saved.
 
         A first part so gets all that was earned, and a part with little that is new leaves some.
+        seconds: of the part, where they are not earned yet.
         """
-        earned = self._earned + sum(e for e, _ in self._spent)
+        coming = self.rate_per_s * seconds
+        earned = coming + self._earned + sum(e for e, _ in self._spent)
         fair = news * earned / (news + sum(n for _, n in self._spent))
-        return max(1, int(min(fair, self._level) + 1e-6))
+        return max(1, int(min(fair, self._level + coming, self.capacity) + 1e-6))
 
     def spend(self, tokens: int, news: float) -> None:
         """A part took `tokens`; the one token more that it may need is paid back later."""

@@ -122,7 +122,7 @@ class StreamEngine:
             self.note("gap", pts_s, causes=list(gap.causes), missing_s=gap.missing_s)
             parts = self.flush()
         first_s = 1 / self.config.fps if self.config.fps else 0.0
-        self.bucket.earn(first_s if self._accepted_s is None else pts_s - self._accepted_s)
+        seconds = first_s if self._accepted_s is None else pts_s - self._accepted_s
         self._accepted_s = pts_s
         counts = self.counts
         self.counts = replace(
@@ -131,10 +131,11 @@ class StreamEngine:
             tokens_in=counts.tokens_in + encoded.grid.size,
         )
         if self.config.mode == "anchor":
+            self.bucket.earn(seconds)
             part, changed = self._newest(encoded)
             parts.append(part)
         else:
-            ready, changed = self._open.push(encoded)
+            ready, changed = self._open.push(encoded, seconds)
             if ready is not None:
                 parts.append(self._closed(ready))
         self._renew(changed, pts_s)
@@ -151,7 +152,7 @@ class StreamEngine:
         if waiting is None:
             return None
         memory = Memory(self._memory.seed, self._memory.tick)
-        budget = Budget(self.bucket.offer(waiting.news))
+        budget = Budget(self.bucket.offer(waiting.news, waiting.seconds))
         return reduce_video(waiting.video, self._reducer, budget, memory)
 
     def flush(self) -> list[Part]:
@@ -164,7 +165,10 @@ class StreamEngine:
         self.events.append(Event(self.name, kind, pts_s, said))
 
     def _closed(self, ready: Ready) -> Part:
+        """What was earned while these frames lasted is theirs; that of the frames that still wait
+        is not."""
         self._group += 1
+        self.bucket.earn(ready.seconds)
         budget = Budget(self.bucket.offer(ready.news))
         video = reduce_video(ready.video, self._reducer, budget, self._memory)
         return self._spent(video, ready.news)

@@ -15,10 +15,11 @@ from stream.segmenters.static_windows import StaticWindows
 @dataclass(frozen=True, slots=True)
 class Ready:
     """Frames to be reduced together. news: what is new in them, in frames' worth of patches; a
-    segment's first frame is all new."""
+    segment's first frame is all new. seconds: how long they lasted."""
 
     video: EncodedVideo
     news: float
+    seconds: float
 
 
 class OpenFrames:
@@ -40,6 +41,7 @@ class OpenFrames:
         self._windows = StaticWindows(self._longest, self._lag)
         self._frames: list[EncodedVideo] = []
         self._changed: list[float] = []
+        self._seconds: list[float] = []
         self._final = 0
         self._before: Tensor | None = None
 
@@ -50,8 +52,11 @@ class OpenFrames:
     def waiting(self) -> Ready | None:
         return self._first(len(self._frames))
 
-    def push(self, frame: EncodedVideo) -> tuple[Ready | None, float]:
-        """(what may be reduced now, the share of patches that changed). frame: one grid frame."""
+    def push(self, frame: EncodedVideo, seconds: float) -> tuple[Ready | None, float]:
+        """(what may be reduced now, the share of patches that changed).
+
+        frame: one grid frame; seconds: since the one before it.
+        """
         links = None
         if self._before is not None:
             pair = torch.stack([self._before, frame.x])
@@ -60,6 +65,7 @@ class OpenFrames:
         self._before = frame.x
         self._frames.append(frame)
         self._changed.append(changed)
+        self._seconds.append(seconds)
         for segment in self._windows.push(links):
             self._changed[self._final] = 1.0
             self._final += len(segment)
@@ -68,6 +74,7 @@ class OpenFrames:
         ready = self._first(self._final)
         self._frames = self._frames[self._final :]
         self._changed = self._changed[self._final :]
+        self._seconds = self._seconds[self._final :]
         self._final = 0
         return ready, changed
 
@@ -81,4 +88,5 @@ class OpenFrames:
         if count == 0:
             return None
         news = max(1.0, sum(self._changed[:count]))
-        return Ready(EncodedVideo.joined(self._frames[:count]), news)
+        seconds = sum(self._seconds[:count])
+        return Ready(EncodedVideo.joined(self._frames[:count]), news, seconds)

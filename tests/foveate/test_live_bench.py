@@ -60,8 +60,9 @@ def test_unlimited_lag_is_offline_and_tokens_are_alike(tmp_path: Path) -> None:
     told = run("accuracy", clips, tmp_path / "log.jsonl")
     assert told["offline"]["tokens"] == round(0.15 * FRAMES * 16)
     for variant in ("closed, unlimited lag", "closed, lag 8"):
-        assert told[variant]["tokens"] == told["offline"]["tokens"]
+        assert told[variant]["tokens"] <= told["offline"]["tokens"]
         assert told[variant]["accuracy"] == told["offline"]["accuracy"] == 100
+    assert told["closed, unlimited lag"]["tokens"] == told["offline"]["tokens"]
     assert told["closed, unlimited lag"]["same_plans"] == told["anchor"]["n"] == 2
     assert told["closed, lag 8"]["same_plans"] == 0
 

@@ -85,6 +85,16 @@ def test_no_frame_waits_longer_than_the_lag_and_a_segment() -> None:
         assert t + 1 - done <= 5 + OUTER.max_segment_frames
 
 
+def test_what_waits_keeps_what_was_earned_while_it_came() -> None:
+    video = random_video(7, 24)
+    _, parts = run(video, lag_frames=6, tokens_per_s=6.0)
+    done_s = 0.0
+    for part in parts[:-1]:
+        done_s += part.frames / 2
+        spent = sum(p.video.plan.k for p in parts[: parts.index(part) + 1])
+        assert spent <= 6.0 * done_s + 1e-6
+
+
 def test_tail_shows_what_waits_and_changes_nothing() -> None:
     video = random_video(5, 9)
     watched = StreamEngine("x", StreamConfig(fps=2.0, lag_frames=None), OUTER)
