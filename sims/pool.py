@@ -155,7 +155,7 @@ def evaluate(pool: Pool, jobs: Sequence[tuple[str, int]], act: Act) -> list[Outc
     """Play every (environment's name, seed) once, in waiting mode; outcomes in the jobs' order.
 
     A slot whose episode ends goes on with the next job, so that batches stay full. Order the jobs
-    by name: slots then build few environments.
+    by name: slots then build few environments, and a slot holds one at a time.
     """
     waiting = list(enumerate(jobs))[::-1]
     playing: dict[int, int] = {}
@@ -180,18 +180,19 @@ def evaluate(pool: Pool, jobs: Sequence[tuple[str, int]], act: Act) -> list[Outc
 
 
 class _Slot:
-    """One place in a worker: its environments by name and the episode that is played."""
+    """One place in a worker: one environment at a time, since each holds some 130 MB."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self._images = images
-        self._envs: dict[str, Environment] = {}
+        self._name = ""
         self._env: Environment | None = None
         self._fresh = True
 
     def reset(self, name: str, seed: int) -> str:
-        if name not in self._envs:
-            self._envs[name] = make(name)
-        self._env, self._fresh = self._envs[name], True
+        if self._env is None or name != self._name:
+            self.close()
+            self._env, self._name = make(name), name
+        self._fresh = True
         return self._env.reset(seed)
 
     def observe(self) -> tuple[NDArray[np.float32], str, bool]:
@@ -218,8 +219,9 @@ class _Slot:
         return self._env
 
     def close(self) -> None:
-        for env in self._envs.values():
-            env.close()
+        if self._env is not None:
+            self._env.close()
+            self._env = None
 
 
 def _work(connection: Connection, shared: Any, shape: tuple[int, ...]) -> None:
