@@ -76,5 +76,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     top = {name.split("/")[0] for name in names}
     assert {t for t in top if not t.endswith(".dist-info")} == set(PACKAGES)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    shipped = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("policies/**/*.safetensors")}
-    assert shipped <= set(names)
+    weights = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("policies/**/*.safetensors")}
+    other_seeds = {path for path in weights if path.startswith("policies/checkpoints/seeds/")}
+    assert weights - other_seeds <= set(names)
+    assert not other_seeds & set(names)
