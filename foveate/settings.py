@@ -52,7 +52,7 @@ class DriveSettings(Config):
     """
 
     model: str = "tiny-vla"
-    reducer: str = "vla_pruner"
+    reducer: str = "vla_pruner_input"
     settings: dict[str, Any] = Field(default_factory=dict)
     mode: Literal["realtime", "waiting"] = "realtime"
     time: str = "wall"

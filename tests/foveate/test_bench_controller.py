@@ -53,7 +53,7 @@ def test_calibrate_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert card.buckets == (32, 512)
     assert card.stages == ("encode", "prefill", "act")
     assert {row.count for row in card.timings} == {4}
-    assert found["model"] == "tiny-vla, vla_pruner"
+    assert found["model"] == "tiny-vla, vla_pruner_input"
     assert card.shapes["image"] == (16, 16, 3)
     with pytest.raises(ConfigError, match="must be token counts"):
         run_json("calibrate", *options, "--buckets", "half")
