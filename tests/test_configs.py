@@ -34,7 +34,8 @@ def test_drive_configs_are_the_defaults_spelled_out(path: Path) -> None:
 )
 def test_live_configs_load_and_fit_a_stream(path: Path, kind: Any) -> None:
     config = load(path, kind)
-    StreamEngine("x", config.stream, reducer_of(config.reducer, **config.settings))
+    engine = StreamEngine("x", config.stream, reducer_of(config.reducer, **config.settings))
+    assert isinstance(engine, StreamEngine)
 
 
 @pytest.mark.parametrize("name", variants())

@@ -148,7 +148,9 @@ def test_a_film_lasts_as_long_as_the_episode(ticks: list[Tick], tmp_path: Path) 
 
 
 def test_an_empty_film_closes(tmp_path: Path) -> None:
-    Film(tmp_path / "none.mp4").close()
+    path = tmp_path / "none.mp4"
+    Film(path).close()
+    assert not path.exists()
 
 
 def test_rerun_is_read_back(ticks: list[Tick], tmp_path: Path) -> None:
