@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import TracebackType
-from typing import Self
+
+from stream.closing import Closing
 
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(100000))"
 
 
-class Neighbour:
-    """Processes that keep cores busy while switched on; all are gone when the block ends.
+class Neighbour(Closing):
+    """Processes that keep cores busy while switched on; all are gone when it is closed.
 
     A process also ends by itself when this one dies.
     """
@@ -35,13 +35,5 @@ class Neighbour:
                 process.wait()
             self._running = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.switch(False)

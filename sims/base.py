@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.closing import Closing
 from stream.data import Observation
 
 
@@ -46,8 +47,8 @@ class StepResult:
     score: float
 
 
-class Environment(ABC):
-    """One simulator instance. Close it when done, or use it in a `with` block."""
+class Environment(Closing):
+    """One simulator instance."""
 
     @property
     @abstractmethod
@@ -83,12 +84,3 @@ class Environment(ABC):
         policy may see it.
         """
         return np.empty((len(self.spec.cameras), 0, 2), dtype=np.float32)
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Environment:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

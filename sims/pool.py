@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.closing import Closing
 from stream.errors import ConfigError, FoveateError, SimulatorError
 
 from . import make
@@ -57,8 +58,8 @@ Act = Callable[[Batch], NDArray[np.float32]]
 """Action chunks float32 [m, k, a] for what m slots see."""
 
 
-class Pool:
-    """`slots` environments in `processes` workers; use it in a `with` block.
+class Pool(Closing):
+    """`slots` environments in `processes` workers.
 
     like: the name of one of the environments to be played, for the size of the pictures.
     The workers import the caller's module: call it under `if __name__ == "__main__":`.
@@ -118,12 +119,6 @@ class Pool:
                 process.join()
             connection.close()
         self._workers.clear()
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _ask(self, method: str, jobs: Mapping[int, Any]) -> dict[int, Any]:
         """Let each slot's worker call `method` with the slot's arguments; slot -> result."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ..closing import Closing
 from ..ticks import Tick
 
 
-class TickSink(ABC):
-    """Takes episodes tick by tick. Use it in a `with` block, or close it.
+class TickSink(Closing):
+    """Takes episodes tick by tick.
 
     needs_film: whether it wants `Tick.seen`, an observation before every control period.
     """
@@ -28,17 +28,3 @@ class TickSink(ABC):
     @abstractmethod
     def end(self, summary: Mapping[str, Any]) -> None:
         """The episode is over; `summary` says how it went, as plain data."""
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

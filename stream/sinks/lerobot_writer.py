@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..closing import Closing
 from ..errors import ConfigError, SourceError
 
 IMAGES = "observation.images."
 
 
-class LeRobotWriter:
-    """Writes frames of episodes under `folder`; use it in a `with` block, or close it.
+class LeRobotWriter(Closing):
+    """Writes frames of episodes under `folder`.
 
     fps: control periods a second, a whole number. cameras: name -> (height, width). state, action:
     names of their numbers. extras: name -> shape of further float32 features of a frame.
@@ -97,17 +97,6 @@ class LeRobotWriter:
         if self._dataset.has_pending_frames():
             self._dataset.clear_episode_buffer()
         self._dataset.finalize()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _floats(shape: tuple[int, ...]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from stream.closing import Closing
 from stream.errors import SourceError
 
 from .sampling import Sampling
@@ -137,8 +137,8 @@ class Tally:
         )
 
 
-class Source(ABC):
-    """A finite source of frames. Use it in a `with` block, or call `close` when done."""
+class Source(Closing):
+    """A finite source of frames."""
 
     @property
     @abstractmethod
@@ -156,20 +156,6 @@ class Source(ABC):
         `read(sampling, k)` gives what `list(read(sampling))[k:]` gives.
         Raises SourceError when not one frame can be had.
         """
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_source(
