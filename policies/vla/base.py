@@ -14,6 +14,7 @@ from stream.errors import AttachError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.base import Reducer
+from stream.reducers.vla_pruner import remember
 from stream.signals import Signal
 
 
@@ -57,13 +58,15 @@ class Scene:
 class Prefix:
     """A prefilled prompt that actions can be decoded from, as often as wanted.
 
-    plan: what became of the scene's tokens, inside the model included. tokens: how many reached
-    the model's last layer. cache: the policy's own. observed_s: when its pictures were taken.
+    plan: what became of the scene's tokens, inside the model included. places: long [n], where
+    those tokens stand in the grid of all cameras. tokens: how many reached the model's last layer.
+    cache: the policy's own. observed_s: when its pictures were taken.
     """
 
     plan: Plan
     grid: PatchGrid
     cameras: tuple[str, ...]
+    places: Tensor
     tokens: int
     cache: Any
     observed_s: float
@@ -111,6 +114,14 @@ class VLAPolicy(ABC):
         needed, it may still be computing on the device.
         """
 
-    @abstractmethod
     def remember(self, prefix: Prefix, attention: Tensor, memory: Memory) -> None:
         """Take what the actions looked at into the episode's memory, for the next selection."""
+        alive = prefix.plan.anchor
+        remember(
+            memory,
+            attention[alive],
+            prefix.places[alive],
+            self.spec.grid,
+            time_s=prefix.observed_s,
+            epoch=prefix.epoch,
+        )

@@ -21,7 +21,6 @@ from stream.errors import AttachError, ConfigError, ValueShapeError
 from stream.memory import Memory
 from stream.reducers.base import Reducer
 from stream.reducers.identity import Identity
-from stream.reducers.vla_pruner import remember
 
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
 from .families import family_of
@@ -44,12 +43,11 @@ class FlowScene(Scene):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A prefix as its policy needs it. places: long [n], its tokens in the grid of all cameras."""
+    """A prefix as its policy needs it."""
 
     cache: Any
     inference: Inference
     padding: Tensor
-    places: Tensor
     observation: Observation
 
 
@@ -141,8 +139,9 @@ class FlowPolicy(VLAPolicy):
             plan=plan,
             grid=scene.grid,
             cameras=scene.cameras,
+            places=places,
             tokens=plan.k,
-            cache=_Held(cache, inference, scene.padding, places, observation),
+            cache=_Held(cache, inference, scene.padding, observation),
             observed_s=observation.time_s,
             epoch=epoch,
         )
@@ -173,17 +172,6 @@ class FlowPolicy(VLAPolicy):
         attention = torch.zeros(prefix.grid.size, device=self.device)
         attention[prefix.plan.anchor] = inference.attention()[0]
         return ActionChunk(chunk, held.observation.time_s), attention
-
-    def remember(self, prefix: Prefix, attention: Tensor, memory: Memory) -> None:
-        alive = prefix.plan.anchor
-        remember(
-            memory,
-            attention[alive],
-            prefix.cache.places[alive],
-            self._spec.grid,
-            time_s=prefix.observed_s,
-            epoch=prefix.epoch,
-        )
 
     def _noise(self, seed: int) -> Tensor:
         shape = (1, self._spec.chunk, self._family.policy.config.max_action_dim)

@@ -24,7 +24,6 @@ from stream.plan import Plan
 from stream.reducers.base import Reducer
 from stream.reducers.identity import Identity
 from stream.reducers.vla_pruner import VLAPruner
-from stream.reducers.vla_pruner import remember as remember_glance
 from stream.signals import Signal, Signals
 
 from ..action_attention import ActionAttention
@@ -42,14 +41,12 @@ class _Held:
 
     lengths: tokens that each layer of the cache holds. position: long [b, 1], of the first token
     behind the prefix. mask: bool [b, n] over the unpruned prefix, None without padding.
-    places: long [m], where the tokens of the present cameras stand in the grid of all cameras.
     """
 
     cache: DynamicCache
     lengths: tuple[int, ...]
     position: Tensor
     mask: Tensor | None
-    places: Tensor
     row: int
 
 
@@ -208,8 +205,9 @@ class OpenVLAPolicy(VLAPolicy):
                 plan=plans[i],
                 grid=scene.grid,
                 cameras=scene.cameras,
+                places=places,
                 tokens=tokens,
-                cache=_Held(cache, lengths, position[:, -1:] + 1, mask, places, i),
+                cache=_Held(cache, lengths, position[:, -1:] + 1, mask, i),
                 observed_s=scene.observation.time_s,
                 epoch=epochs[i],
             )
@@ -233,7 +231,7 @@ class OpenVLAPolicy(VLAPolicy):
         try:
             with self._hooks, ActionAttention(self._hooks, self._action_layers, rows) as looked:
                 actions = self._decode_actions(held, state)
-            attention = torch.stack([row[0][held.places] for row in looked.mean()])
+            attention = torch.stack([row[0][prefixes[0].places] for row in looked.mean()])
         finally:
             layers: list[Any] = held.cache.layers
             for layer, length in zip(layers, held.lengths, strict=True):
@@ -244,17 +242,6 @@ class OpenVLAPolicy(VLAPolicy):
             for chunk, prefix in zip(actions.float().cpu().numpy(), prefixes, strict=True)
         ]
         return chunks, attention
-
-    def remember(self, prefix: Prefix, attention: Tensor, memory: Memory) -> None:
-        alive = prefix.plan.anchor
-        remember_glance(
-            memory,
-            attention[alive],
-            prefix.cache.places[alive],
-            self._spec.grid,
-            time_s=prefix.observed_s,
-            epoch=prefix.epoch,
-        )
 
     def _decode_actions(self, held: _Held, state: Tensor) -> Tensor:
         """Normalised actions [b, chunk, a]."""

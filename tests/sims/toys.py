@@ -148,7 +148,8 @@ class ToyPolicy(VLAPolicy):
         self.calls.append(("prefill", budget.tokens))
         time_s = scene.observation.time_s
         kept = plan.apply(scene.x)
-        return Prefix(plan, scene.grid, scene.cameras, plan.k, kept, time_s, epoch)
+        places = torch.arange(n)
+        return Prefix(plan, scene.grid, scene.cameras, places, plan.k, kept, time_s, epoch)
 
     def act(
         self, prefix: Prefix, observation: Observation, steps: int | None = None, seed: int = 0
