@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...training import MuonAndAdam, Schedule
 from .batches import Batch, TrainingBatches
 from .codec import degrade
 from .evaluate import print_report, rendered_clips, summarise, tally
@@ -122,28 +122,24 @@ class TokenLosses(nn.Module):
         return (losses[0] + losses[1]) / (labels["row"] >= 0).sum().clamp(min=1)
 
 
-def rate(recipe: Recipe, step: int, elapsed_s: float) -> float:
-    """Share of the full learning rate: warm-up by steps, then a cosine over the given minutes."""
-    done = max(elapsed_s / (60 * recipe.minutes), step / recipe.max_steps)
-    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return cosine * min(1.0, (step + 1) / recipe.warmup_steps)
+def schedule_of(recipe: Recipe) -> Schedule:
+    return Schedule(recipe.minutes, recipe.max_steps, recipe.warmup_steps, last=0.02)
 
 
-def optimizers_for(recipe: Recipe, model: Model, extra: nn.Module) -> list[torch.optim.Optimizer]:
+def optimizer_for(recipe: Recipe, model: Model, extra: nn.Module) -> MuonAndAdam:
     """Muon for the matrices of both towers, AdamW for embeddings, norms and biases."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and (".layers." in name or "linear_" in name)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen] + list(extra.parameters())
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=recipe.muon_lr,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    return MuonAndAdam(
+        matrices,
+        rest,
+        muon_lr=recipe.muon_lr,
+        adam_lr=recipe.adam_lr,
+        beta2=0.98,
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def training_batches(recipe: Recipe) -> Iterator[Batch]:
@@ -194,8 +190,7 @@ def train(recipe: Recipe, device: torch.device) -> tuple[Model, dict[str, float]
     model = make_model(recipe.seed).train()
     model.to(device)
     token_losses = TokenLosses(model).to(device)
-    optimizers = optimizers_for(recipe, model, token_losses)
-    full_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    optimizer, schedule = optimizer_for(recipe, model, token_losses), schedule_of(recipe)
     run = Kernels.compiled() if cuda else PLAIN
     dtype = torch.bfloat16 if cuda else torch.float32
     noise = torch.Generator(device).manual_seed(recipe.seed)
@@ -221,11 +216,7 @@ def train(recipe: Recipe, device: torch.device) -> tuple[Model, dict[str, float]
         token_losses.zero_grad(set_to_none=True)
         (said + recipe.shown_weight * shown + recipe.found_weight * found).backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        share = rate(recipe, step, elapsed_s)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
-            for group, lr in zip(optimizer.param_groups, full, strict=True):
-                group["lr"] = share * lr
-            optimizer.step()
+        optimizer.step(schedule.share(step, elapsed_s))
         progress.add(batch.type_ids, right)
         n_videos += len(batch.times_s)
         if step % 100 == 99:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...training import MuonAndAdam, Schedule
 from ..openvla_model import Head, OpenVLA
 from .demos import Batch, Demonstrations, Recording
 from .modeling import make_config, make_model, make_tokenizer, save_checkpoint
@@ -113,27 +113,23 @@ def without_mask_tensors(model: OpenVLA) -> None:
     model.language_model.set_attn_implementation("unmasked_sdpa")
 
 
-def rate(recipe: Recipe, step: int, elapsed_s: float) -> float:
-    """Share of the full learning rate: warm-up by steps, then a cosine over the given minutes."""
-    done = max(elapsed_s / (60 * recipe.minutes), step / recipe.max_steps)
-    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return cosine * min(1.0, (step + 1) / recipe.warmup_steps)
+def schedule_of(recipe: Recipe) -> Schedule:
+    return Schedule(recipe.minutes, recipe.max_steps, recipe.warmup_steps, last=0.01)
 
 
-def optimizers_for(recipe: Recipe, model: OpenVLA) -> list[torch.optim.Optimizer]:
+def optimizer_for(recipe: Recipe, model: OpenVLA) -> MuonAndAdam:
     """Muon for the matrices of the towers, the projector and the decoder, AdamW for the rest."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and _is_inner(name)]
     rest = [p for name, p in named if not (p.ndim == 2 and _is_inner(name))]
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=recipe.muon_lr,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    return MuonAndAdam(
+        matrices,
+        rest,
+        muon_lr=recipe.muon_lr,
+        adam_lr=recipe.adam_lr,
+        beta2=0.95,
+        weight_decay=recipe.weight_decay,
+    )
 
 
 def _is_inner(name: str) -> bool:
@@ -153,8 +149,7 @@ def train(
     model.to(device).train()  # type: ignore[arg-type]
     without_mask_tensors(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-    optimizers = optimizers_for(recipe, model)
-    full_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    optimizer, schedule = optimizer_for(recipe, model), schedule_of(recipe)
     run: Callable[..., tuple[Tensor, Tensor]] = losses
     if cuda:
         run = torch.compile(losses, fullgraph=True, dynamic=False)
@@ -170,11 +165,7 @@ def train(
             imitation, pointing = run(model, batch, recipe.huber)
         (imitation + recipe.pointing_weight * pointing).backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        share = rate(recipe, step, elapsed_s)
-        for optimizer, full in zip(optimizers, full_rates, strict=True):
-            for group, lr in zip(optimizer.param_groups, full, strict=True):
-                group["lr"] = share * lr
-            optimizer.step()
+        optimizer.step(schedule.share(step, elapsed_s))
         model.zero_grad(set_to_none=True)
         average.update_parameters(model)
         seen += torch.stack((imitation.detach(), pointing.detach()))
