@@ -122,14 +122,31 @@ class Reducer(BaseModel, ABC):
         budget: Budget,
         memories: Sequence[Memory],
     ) -> list[Plan]:
-        """`plan` of several streams with as many tokens each; a method of many small steps takes
-        them together."""
+        """`plan` of several streams with as many tokens each; see `BatchReducer`."""
         each = zip(tokens, signals, memories, strict=True)
         return [self.plan(t, s, budget, memory) for t, s, memory in each]
 
     def is_ready(self, memory: Memory) -> bool:
         """Whether this stream's next plan meets the budget; false while a method warms up."""
         return True
+
+
+class BatchReducer(Reducer):
+    """A reducer of many small steps, each taken for all streams at once; `plan` is its batch of
+    one."""
+
+    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
+        return self.plan_batch([tokens], [signals], budget, [memory])[0]
+
+    @abstractmethod
+    def plan_batch(
+        self,
+        tokens: Sequence[VisualTokens],
+        signals: Sequence[Signals],
+        budget: Budget,
+        memories: Sequence[Memory],
+    ) -> list[Plan]:
+        """See `Reducer.plan_batch`."""
 
 
 def reduce_batch(

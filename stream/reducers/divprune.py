@@ -12,10 +12,10 @@ from ..memory import Memory
 from ..ops import spread
 from ..plan import Plan
 from ..signals import Signals
-from .base import Reducer, Site
+from .base import BatchReducer, Site
 
 
-class DivPrune(Reducer):
+class DivPrune(BatchReducer):
     """Greedy max-min diversity on cosine distance, over all tokens at once.
 
     The first pick lies farthest from its nearest neighbour, each later one farthest from the picks
@@ -33,9 +33,6 @@ class DivPrune(Reducer):
     @property
     def site(self) -> Site:
         return Site(self.layer)
-
-    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        return self.plan_batch([tokens], [signals], budget, [memory])[0]
 
     def plan_batch(
         self,
