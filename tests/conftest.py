@@ -19,6 +19,8 @@ import torch
 for _offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.setdefault(_offline, "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels, on the CPU; read at import
 
 hypothesis.settings.register_profile(
     "foveate", deadline=None, derandomize=bool(os.environ.get("CI"))

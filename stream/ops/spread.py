@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .similarity import cosine
@@ -21,24 +27,61 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
     Source: VLA-Pruner (arXiv 2511.16449), redundancy filter; max-min diversity of DivPrune.
     """
     b, n, _ = x.shape
-    picks = torch.full((b, k), -1, device=x.device)
     if n == 0 or k == 0:
-        return picks
+        return torch.full((b, k), -1, device=x.device)
     points = x.detach().float()
     distance = 1.0 - cosine(points, points)
     itself = torch.eye(n, dtype=torch.bool, device=x.device)
     isolation = distance.masked_fill(itself | ~valid[:, None, :], torch.inf).amin(-1)
-    chosen = isolation.masked_fill(~valid, -torch.inf).argmax(-1, keepdim=True)
+    first = isolation.masked_fill(~valid, -torch.inf).argmax(-1)
     distance.masked_fill_(itself | ~valid[:, None, :], -torch.inf)
-    nearest = torch.full((b, n), torch.inf, device=x.device)
-    for rank in range(min(k, n)):
+    one_kernel = _one_kernel(n) if distance.is_cuda else None
+    picks = (one_kernel or chain)(distance, first, min(k, n))
+    spent = torch.arange(picks.shape[1], device=x.device) >= valid.sum(-1, keepdim=True)
+    return F.pad(picks.masked_fill(spent, -1), (0, k - picks.shape[1]), value=-1)
+
+
+def chain(distance: Tensor, first: Tensor, k: int) -> Tensor:
+    """`first` and k - 1 more picks, each farthest from those before it, long [b, k].
+
+    distance: float32 [b, n, n], -inf from a point to itself and to what may not be picked; where
+    nothing is left, 0 is picked. first: long [b]; k: 1..n.
+    """
+    b, n, _ = distance.shape
+    picks = torch.empty(b, k, dtype=torch.long, device=distance.device)
+    nearest = torch.full((b, n), torch.inf, device=distance.device)
+    chosen = first[:, None]
+    for rank in range(k):
         picks[:, rank : rank + 1] = chosen
         torch.minimum(
             nearest, torch.take_along_dim(distance, chosen[..., None], 1)[:, 0], out=nearest
         )
         chosen = nearest.argmax(-1, keepdim=True)
-    spent = torch.arange(k, device=x.device) >= valid.sum(-1, keepdim=True)
-    return picks.masked_fill(spent, -1)
+    return picks
+
+
+def _one_kernel(n: int) -> Callable[[Tensor, Tensor, int], Tensor] | None:
+    """`chain` as one CUDA kernel, if there is one for groups of n points."""
+    module = _compiled()
+    return module.chain if module is not None and n <= module.LARGEST else None
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """`spread_cuda`, once it has run; None, after a warning, where Triton cannot build it."""
+    try:
+        from . import spread_cuda
+
+        spread_cuda.chain(
+            torch.zeros(1, 2, 2, device="cuda"), torch.zeros(1, device="cuda").long(), 2
+        )
+    except Exception as error:  # no Triton, no C compiler, no folder to write to: all are bearable
+        warnings.warn(
+            f"Farthest picks are launched one by one, since their kernel cannot be built: {error}",
+            stacklevel=2,
+        )
+        return None
+    return spread_cuda
 
 
 def even(rows: int, cols: int, phase: float, device: torch.device | str = "cpu") -> Tensor:

@@ -1,0 +1,61 @@
+"""The chain of farthest picks as one kernel: on a GPU, or interpreted where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream.ops import spread
+
+pytest.importorskip("triton")
+from stream.ops import spread_cuda
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning:triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 9999), st.integers(1, 3), st.integers(1, 40), st.data())
+def test_one_kernel_picks_what_the_chain_picks(
+    seed: int, groups: int, n: int, data: st.DataObject
+) -> None:
+    """Few distinct distances, so that many tie; points that may not be picked; some at -inf all."""
+    draw = torch.Generator().manual_seed(seed)
+    k = data.draw(st.integers(1, n))
+    distance = torch.randint(0, 4, (groups, n, n), generator=draw).float()
+    invalid = torch.rand(groups, 1, n, generator=draw) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    distance.masked_fill_(torch.eye(n, dtype=torch.bool) | invalid, -torch.inf)
+    first = torch.randint(0, n, (groups,), generator=draw)
+    picks = spread_cuda.chain(distance.to(DEVICE), first.to(DEVICE), k)
+    assert torch.equal(picks.cpu(), spread.chain(distance, first, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 33, 256, 777, 3000, spread_cuda.LARGEST])
+def test_a_gpu_picks_what_a_cpu_picks_from_the_same_distances(n: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    distance = torch.randint(0, 1000, (2, n, n), generator=draw).float()
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    first, k = torch.tensor([n - 1, n // 2]), min(n, 300)
+    picks = spread_cuda.chain(distance.cuda(), first.cuda(), k)
+    assert torch.equal(picks.cpu(), spread.chain(distance, first, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_picks_what_a_cpu_picks(dtype: torch.dtype) -> None:
+    """Where a disturbance far above rounding changes no pick; duplicates and invalid points too."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 12, 8, generator=draw).to(dtype)
+    x[:, 5] = x[:, 2]
+    valid = torch.rand(64, 12, generator=draw) < 0.8
+    near = x.double() + 1e-4 * torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    near[:, 5] = near[:, 2]
+    picks = spread.farthest(x, valid, 14)
+    stable = (spread.farthest(near, valid, 14) == picks).all(-1)
+    assert int(stable.sum()) > 40
+    assert spread._one_kernel(12) is not None
+    on_gpu = spread.farthest(x.cuda(), valid.cuda(), 14).cpu()
+    assert torch.equal(on_gpu[stable], picks[stable])
