@@ -1,9 +1,10 @@
 """Not computing again what stands still: of most frames only the changed patches are encoded.
 
 A key frame is encoded whole. A frame behind it is encoded at its most changed patches alone: they
-attend to the whole picture, whose other keys and values are the key frame's, and every other patch
-keeps the key frame's features. So a frame's error is what its unchanged patches would have learned
-of the change, and it cannot outlive the next key frame.
+attend to the whole picture, whose other keys and values come from the key frame. What stands still
+learns of a change elsewhere all the same, smoothly over the picture. So a share of the unchanged
+patches, spread evenly, is encoded too, and what moved between the two frames in these probes is
+added to the key frame's states around them, in every layer. No error outlives the next key frame.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from stream.ops import picks
 
 from .siglip import SiglipParts, received, spread
+
+PROBE_REACH = 0.6
+"""Deviation of a probe's weight over distance, in mean distances between encoded patches."""
 
 
 class Layout(NamedTuple):
@@ -31,17 +35,23 @@ class SkippingTower:
     """A SigLIP tower over consecutive frames.
 
     refresh: frames from one key frame to the next, at most. share: patches of a frame that are
-    encoded again; a frame of which more has changed becomes a key frame. still: mean absolute
-    difference of pixel values up to which a patch counts as unchanged.
+    encoded again, those that changed and with what is left the probes; a frame of which more has
+    changed becomes a key frame. still: mean absolute difference of pixel values up to which a patch
+    counts as unchanged.
     """
 
     def __init__(
-        self, tower: nn.Module, refresh: int = 8, share: float = 0.25, still: float = 0.1
+        self, tower: nn.Module, refresh: int = 16, share: float = 0.25, still: float = 0.1
     ) -> None:
         self._parts = SiglipParts(tower)
         self._refresh, self._share, self._still = refresh, share, still
         self.patches, self.depth = self._parts.patches, len(self._parts.layers)
         self._again = max(1, round(share * self.patches))
+        side, device = round(self.patches**0.5), next(tower.parameters()).device
+        self._turn = spread_evenly(side).to(device)
+        place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float().to(device)
+        apart = torch.cdist(place, place)
+        self._nearness = -((apart / PROBE_REACH).square() * self._again / self.patches) / 2
 
     def computed(self, layout: Layout) -> int:
         """Patches of all frames that each layer computes."""
@@ -84,7 +94,10 @@ class SkippingTower:
         x = parts.embed(pixels)
         f, p, d = x.shape
         again = self._again
-        index = picks.top(self._change(pixels[rest], pixels[key[of]]), again)
+        change = self._change(pixels[rest], pixels[key[of]])
+        changed = change > self._still
+        index = picks.top(torch.where(changed, 1 + change, -self._turn), again)
+        told_by = self._told_by(index, ~changed.gather(1, index)).to(x.dtype)
         keys, later = key.shape[0], rest.shape[0]
 
         def apart(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,9 +106,11 @@ class SkippingTower:
             return one.view(keys, p, *t.shape[1:]), two.view(later, again, *t.shape[1:])
 
         def refreshed(old: Tensor, new: Tensor) -> Tensor:
-            """The key frames' [keys, p, ...] with each later frame's new rows in their places."""
+            """[later, p, ...]: the new rows in their places, the key frame's others corrected."""
             wide = index.view(*index.shape, *(1,) * (new.ndim - 2)).expand_as(new)
-            return old[of].scatter(1, wide, new)
+            stale = old[of]
+            moved = (new - stale.gather(1, wide)).flatten(2)
+            return (stale + (told_by @ moved).view_as(stale)).scatter(1, wide, new)
 
         x = torch.cat([x[key].flatten(0, 1), spread(x[rest], index).flatten(0, 1)])
         scores = None
@@ -125,6 +140,15 @@ class SkippingTower:
         score[place] = torch.cat(scores)
         return hidden, score
 
+    def _told_by(self, index: Tensor, probe: Tensor) -> Tensor:
+        """Weights [f, p, again] of the probes around each patch; zero where a frame has none.
+
+        index: long [f, again], patches encoded again. probe: bool, which of them stood still.
+        """
+        near = self._nearness[index].transpose(1, 2)
+        weight = near.masked_fill(~probe[:, None], -1e4).softmax(-1)
+        return weight * probe[:, None]
+
     def _change(self, new: Tensor, old: Tensor) -> Tensor:
         """Mean absolute difference of each patch, float32 [f, p]."""
         side = self._parts.patch_px
@@ -132,3 +156,13 @@ class SkippingTower:
         apart = (new - old).abs().float().mean(1)[:, :height, :width]
         patches: Tensor = apart.unflatten(1, (-1, side)).unflatten(3, (-1, side))
         return patches.mean((2, 4)).flatten(1)
+
+
+def spread_evenly(side: int) -> Tensor:
+    """The turn of each place of a square grid, float32 [side * side] in [0, 1): the first few are
+    spread evenly over it, for every number of them. Source: Bayer's matrix of ordered dithering."""
+    turn = torch.zeros(1, 1)
+    while len(turn) < side:
+        turn = 4 * turn
+        turn = torch.cat([torch.cat([turn, turn + 2], 1), torch.cat([turn + 3, turn + 1], 1)])
+    return (turn / turn.numel())[:side, :side].flatten()

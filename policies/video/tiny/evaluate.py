@@ -147,13 +147,19 @@ def print_report(report: Mapping[str, Mapping[str, float]], title: str) -> None:
 
 
 def rendered_clips(
-    n_videos: int, n_frames: int, device: torch.device, *, videos_per_group: int = 16
+    n_videos: int,
+    n_frames: int,
+    device: torch.device,
+    *,
+    videos_per_group: int = 16,
+    seed: int = 0,
 ) -> Iterator[Clips]:
-    """Held-out scenes rendered in memory and degraded as a codec would."""
-    rng = random.Random(0)
-    noise = torch.Generator(device).manual_seed(0)
-    for first in range(0, n_videos, videos_per_group):
-        indices = range(first, min(first + videos_per_group, n_videos))
+    """Held-out scenes rendered in memory and degraded as a codec would; other scenes by seed."""
+    rng = random.Random(seed)
+    noise = torch.Generator(device).manual_seed(seed)
+    start = seed * n_videos
+    for first in range(start, start + n_videos, videos_per_group):
+        indices = range(first, min(first + videos_per_group, start + n_videos))
         batch = make_batch("heldout", indices, n_frames, 14, 12, rng, augment=False)
         yield _rendered(batch, device, noise)
 

@@ -13,10 +13,11 @@ from policies.adapter import SaliencyTap, adapter_for
 from policies.models import load
 from policies.reasoner import VideoReasoner
 from policies.video.llava_onevision import Adapter
+from policies.video.tiny.evaluate import rendered_clips
 from policies.vision.lean import Encoder
 from policies.vision.merging import MergingTower, merge
 from policies.vision.siglip import spread
-from policies.vision.skipping import SkippingTower
+from policies.vision.skipping import SkippingTower, spread_evenly
 from stream.data import Frame, PatchGrid
 from stream.errors import AttachError, ConfigError
 from stream.registry import build_reducer
@@ -94,6 +95,35 @@ def test_what_moves_much_is_encoded_whole(adapter: Adapter) -> None:
     assert layout.keys.tolist() == list(range(FRAMES))
     hidden, score = tower(pixels, layout, saliency=True)
     assert error(pooled(adapter, hidden, score)[0], exact(adapter, pixels)[0]) < 1e-6
+
+
+@torch.inference_mode()
+def test_what_stands_still_learns_of_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load("tiny-video", "cpu")
+    trained = Adapter(model)
+    frames = next(rendered_clips(1, 8, torch.device("cpu"))).frames[0]
+    pixels = (frames - 0.5) / 0.5
+    tower = SkippingTower(trained.vision_model)
+    layout = tower.layout(pixels)
+    assert layout.later.numel() >= 2
+    stock = trained.features({"pixel_values": pixels[None]})[0]
+
+    def loss() -> float:
+        return error(trained.projected(tower(pixels, layout)[0]), stock)
+
+    told = loss()
+    told_by = tower._told_by
+    monkeypatch.setattr(tower, "_told_by", lambda *given: 0 * told_by(*given))
+    assert told < 0.5 * loss()
+
+
+@pytest.mark.parametrize("side", [5, 8, 27])
+def test_the_first_turns_are_spread_evenly(side: int) -> None:
+    turn = spread_evenly(side)
+    assert turn.unique().numel() == side**2
+    half = side // 2
+    quarter = turn.view(side, side)[: 2 * half, : 2 * half] < 0.25
+    assert bool((quarter.unflatten(0, (half, 2)).unflatten(2, (half, 2)).sum((1, 3)) == 1).all())
 
 
 @pytest.mark.parametrize("refresh", [1, 3, 8])
