@@ -24,6 +24,19 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
+def pairwise_cosine(x: Tensor) -> Tensor:
+    """Cosine of every row with every other of its group: [b, n, c] -> float32 [b, n, n].
+
+    A GPU multiplies 16-bit features as they are: each product is exact in float32, in which they
+    are summed, so the lengths can be read off the diagonal and nothing of the size of x is made.
+    """
+    if not x.is_cuda or x.dtype.itemsize != 2:
+        return cosine(x.float(), x.float())
+    dot = torch.bmm(x, x.mT, out_dtype=torch.float32)
+    norm = dot.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+    return dot / (norm[:, :, None] * norm[:, None, :])
+
+
 def centre_(x: Tensor, sizes: Tensor) -> Tensor:
     """Subtract each group's mean in place; x: float32 [b, n, c] of `sizes` (long [b]) points each,
     the rest zero rows. Distances stay, and the matrix-product form becomes accurate for close

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .similarity import cosine
+from .similarity import pairwise_cosine
 
 
 def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
@@ -29,8 +29,7 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
     b, n, _ = x.shape
     if n == 0 or k == 0:
         return torch.full((b, k), -1, device=x.device)
-    points = x.detach().float()
-    distance = 1.0 - cosine(points, points)
+    distance = 1.0 - pairwise_cosine(x.detach())
     itself = torch.eye(n, dtype=torch.bool, device=x.device)
     isolation = distance.masked_fill(itself | ~valid[:, None, :], torch.inf).amin(-1)
     first = isolation.masked_fill(~valid, -torch.inf).argmax(-1)

@@ -165,7 +165,7 @@ class VLAPruner(Reducer):
         if ready:
             kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k)
             for i, own in zip(ready, kept.view(len(ready), -1), strict=True):
-                plans[i] = Plan.keep(picks.top(own[tokens[i].index].byte(), k), tokens[i].n)
+                plans[i] = Plan.keep(picks.places(own[tokens[i].index], k), tokens[i].n)
         return plans
 
     def is_ready(self, memory: Memory) -> bool:
