@@ -25,7 +25,7 @@ def density_peak_score(
     nearest_count = min(int(neighbours.max()), n) if neighbours.numel() else 0
     near = distance.masked_fill(~pair, torch.inf).topk(nearest_count, -1, largest=False).values
     rank = torch.arange(nearest_count, device=distance.device)
-    neighbours = neighbours.to(distance.device)
+    neighbours = neighbours.to(distance.device, non_blocking=True)
     near2 = torch.where(rank < neighbours[:, None, None], near, 0.0).square()
     rho = torch.exp(-near2.sum(-1) / neighbours[:, None])
     if noise is not None:

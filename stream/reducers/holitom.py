@@ -181,16 +181,17 @@ class HoliTom(Reducer):
         """Choose and merge within given counts.
 
         x: [n, c]; saliency: [n]; windows, static_count (long [s]), dynamic_count (long [t]) are on
-        the host, so every shape is known there and nothing waits for the device.
+        the host, so every shape is known there and nothing waits for the device. Copies to it do
+        not wait either: what lies in ordinary host memory is set aside before the call returns.
         """
         device, n, size = x.device, grid.size, grid.per_frame
         by_clusters = (
             dynamic_count - (dynamic_count.double() * (1 - self.contextual)).round().long()
         )
         alone_count = dynamic_count - by_clusters
-        still = windows.static[windows.segment].to(device)
+        still = windows.static[windows.segment].to(device, non_blocking=True)
         score = saliency.view(-1, size).masked_fill(still, -torch.inf)
-        alone = picks.top_mask(score, alone_count.to(device))
+        alone = picks.top_mask(score, alone_count.to(device, non_blocking=True))
 
         groups = Groups.of(windows, alone_count, static_count, by_clusters)
         rows, alone_total = int(groups.count.sum()), int(alone_count.sum())
@@ -205,7 +206,7 @@ class HoliTom(Reducer):
         if self.order == "published":
             frame = anchor // size
             within = torch.where(still.view(-1)[anchor], 0, 2 + 2 * frame + ~alone.view(-1)[anchor])
-            segment = windows.segment.to(device)[frame]
+            segment = windows.segment.to(device, non_blocking=True)[frame]
             key = (segment * (2 * grid.frames + 2) + within) * size + anchor % size
             anchor = anchor[torch.argsort(key)]
         slot = torch.zeros(n, dtype=torch.long, device=device)
@@ -232,12 +233,12 @@ class HoliTom(Reducer):
             return none, (none.bool(), none, none, none.float())
         member = groups.members(windows, alone)
         patch = torch.sort(member.byte(), dim=1, descending=True, stable=True).indices[:, :wide]
-        place = groups.first.to(device)[:, None] * size + patch
+        place = groups.first.to(device, non_blocking=True)[:, None] * size + patch
 
-        slot, frame, share = (t.to(device) for t in groups.entries())
+        slot, frame, share = (t.to(device, non_blocking=True) for t in groups.entries())
         col = frame * size + patch.reshape(-1)[slot]
         padded = Plan(place.view(-1), x.shape[0], slot, col, share)
-        sizes = groups.size.to(device)
+        sizes = groups.size.to(device, non_blocking=True)
         valid = torch.arange(wide, device=device) < sizes[:, None]
         features = padded.apply(x).float().view(*place.shape, x.shape[1])
         distance = similarity.distances(similarity.centre_(features, sizes))
@@ -246,7 +247,7 @@ class HoliTom(Reducer):
         if self.static_saliency:
             boost = padded.apply(saliency[:, None]).view(valid.shape).clamp_min(1e-12)
             density = torch.where(valid, density * boost**self.static_saliency, density)
-        centre = picks.top_mask(density, groups.count.to(device))
+        centre = picks.top_mask(density, groups.count.to(device, non_blocking=True))
         owner = clusters.assign(distance, centre)
 
         owner = owner + torch.arange(owner.shape[0], device=device)[:, None] * wide
@@ -289,9 +290,9 @@ class Groups:
 
     def members(self, windows: Windows, alone: Tensor) -> Tensor:
         """bool [g, p], on the device of `alone` (bool [t, p])."""
-        static = windows.static.to(alone.device)
-        dynamic = ~static[windows.segment.to(alone.device)] & ~alone
-        return torch.cat([static, dynamic])[self.index.to(alone.device)]
+        static = windows.static.to(alone.device, non_blocking=True)
+        dynamic = ~static[windows.segment.to(alone.device, non_blocking=True)] & ~alone
+        return torch.cat([static, dynamic])[self.index.to(alone.device, non_blocking=True)]
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens members stand for: (place in [g * widest], frame, share), [e], ascending."""
