@@ -38,16 +38,17 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
     from policies.graphs.capture import GraphPool
 
     from ..timing import arms, measure
+    from ..timing.flow_arms import eager_arm, fixed_arm
 
     subject, reducer = _prepared(options)
     pool = GraphPool(subject.device)
     held_before = _reserved_mib(subject)
-    fixed = [arms.FixedArm(subject, None, 1.0, 1, pool)]
-    every: list[arms.Arm] = [arms.EagerArm(subject, None, 1.0, 1), *fixed]
+    fixed = [fixed_arm(subject, None, 1.0, 1, pool)]
+    every: list[arms.Arm] = [eager_arm(subject, None, 1.0, 1), *fixed]
     outer = _before_only(reducer)
     for ratio in _ratios(options):
-        fixed.append(arms.FixedArm(subject, reducer, ratio, 1, pool))
-        every += [arms.EagerArm(subject, reducer, ratio, 1), fixed[-1]]
+        fixed.append(fixed_arm(subject, reducer, ratio, 1, pool))
+        every += [eager_arm(subject, reducer, ratio, 1), fixed[-1]]
         if kind == "ttft" and subject.tower is not None:
             every.append(arms.MergingArm(subject, reducer, ratio, 1, pool))
             every.append(arms.SkippingArm(subject, reducer, ratio, 1, pool))
@@ -56,8 +57,10 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
     if kind == "ttft":
         every.append(arms.AttachedArm(subject, None, 1.0, 1, pool))
     run = _timed(every, options)
+    rows = measure.rows_of(every, run)
     result = _described(options, subject) | {
-        "rows": measure.rows_of(every, run),
+        "rows": rows,
+        "us_per_token": measure.slopes_us(rows),
         "graphs": {
             "captured": pool.captured,
             "warmup_s": pool.warmup_s,
@@ -76,6 +79,8 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
         print_json(result)
         return
     out.print(_latency_table(kind, result))
+    for arm, slope_us in result["us_per_token"].items():
+        out.print(f"{arm}: {slope_us:.2f} us a visual token, a line through all its buckets")
     if soak_steps:
         out.print(f"soak: {result['soak']}")
 
@@ -84,21 +89,22 @@ def throughput(options: Timing, concurrency: str) -> None:
     """Many requests at once: requests a second of every arm."""
     from policies.graphs.capture import GraphPool
 
-    from ..timing import arms, measure
+    from ..timing import measure
     from ..timing.clock import HOST
+    from ..timing.flow_arms import eager_arm, fixed_arm
 
     subject, reducer = _prepared(options)
     rows: list[dict[str, Any]] = []
     for batch in (int(b) for b in concurrency.split(",")):
         pool = GraphPool(subject.device)
-        every: list[arms.Arm] = [
-            arms.EagerArm(subject, None, 1.0, batch),
-            arms.FixedArm(subject, None, 1.0, batch, pool),
+        every = [
+            eager_arm(subject, None, 1.0, batch),
+            fixed_arm(subject, None, 1.0, batch, pool),
         ]
         for ratio in _ratios(options):
             every += [
-                arms.EagerArm(subject, reducer, ratio, batch),
-                arms.FixedArm(subject, reducer, ratio, batch, pool),
+                eager_arm(subject, reducer, ratio, batch),
+                fixed_arm(subject, reducer, ratio, batch, pool),
             ]
         found = measure.rows_of(every, _timed(every, options))
         for row in found:
@@ -206,6 +212,7 @@ def _described(options: Timing, subject: Any) -> dict[str, Any]:
         "text": prompt.before + prompt.after,
         "decode": prompt.decode,
         "slots": prompt.slots,
+        "flow_steps": prompt.flow_steps,
         "machine": machine(options.device),
         "threads": options.threads,
         "dtype": str(subject.dtype).removeprefix("torch."),
@@ -242,11 +249,12 @@ def _written(options: Timing, kind: str, result: dict[str, Any]) -> None:
 
 
 def _latency_table(kind: str, result: dict[str, Any]) -> Any:
-    stages = ("encode", "reduce", "prefill", "question")
+    stages = ("encode", "reduce", "prefill", "question", "denoise")
     columns = (
         "arm",
         "retain",
         "visual",
+        "kept",
         *stages,
         "a token",
         "first",
@@ -256,6 +264,7 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
         "TFLOP",
         "first x",
         "total x",
+        "us/token",
         "error",
         "same tokens",
         "feature error",
@@ -273,12 +282,19 @@ def _latency_table(kind: str, result: dict[str, Any]) -> Any:
 def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) -> tuple[str, ...]:
     ms = row["ms"]
     if not ms:
-        return (row["arm"], f"{row['retain']:g}", str(row["visual"]), *["out of memory"] * 13)
+        return (
+            row["arm"],
+            f"{row['retain']:g}",
+            str(row["visual"]),
+            str(row["kept"]),
+            *["out of memory"] * 17,
+        )
     faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
     return (
         row["arm"],
         f"{row['retain']:g}",
         str(row["visual"]),
+        str(row["kept"]),
         *(f"{ms[s]['p50']:.2f}" if s in ms else "-" for s in stages),
         f"{ms['tokens']['p50'] / decode:.2f}" if "tokens" in ms else "-",
         f"{ms['first']['p50']:.2f}",
@@ -288,6 +304,7 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
         f"{sum(row['tflop'].values()):.3g}",
         f"{faster['first']:.2f}" if faster else "-",
         f"{faster['total']:.2f}" if faster else "-",
+        f"{row['us_per_token']:.2f}" if "us_per_token" in row else "-",
         *(f"{agreed[k]:.2g}" if k in agreed else "-" for k in ("relative_error", "equal_tokens")),
         "-" if row["feature_error"] is None else f"{row['feature_error']:.3f}",
     )

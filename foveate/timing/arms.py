@@ -162,7 +162,7 @@ class EagerArm(Arm):
             hidden = self._forward(cache, ids, embeds)
             self.said = subject.head(hidden[:, -max(1, prompt.slots) :])
         if prompt.slots:
-            return self.said
+            return self._acted(clock, cache)
         tokens = [self.said[:, -1:].argmax(-1)]
         with clock.stage("tokens"):
             for step in range(1, prompt.decode + 1):
@@ -170,6 +170,10 @@ class EagerArm(Arm):
                 hidden = self._forward(cache, ids[..., -1:] + step, embeds)
                 tokens.append(subject.head(hidden).argmax(-1))
         return torch.cat(tokens, 1)
+
+    def _acted(self, clock: StageClock, cache: DynamicCache) -> Tensor:
+        """Actions behind a prefill."""
+        return self.said
 
     def _forward(self, cache: DynamicCache, ids: Tensor, embeds: Tensor) -> Tensor:
         out = self.subject.text_model(
@@ -251,7 +255,7 @@ class FixedArm(Arm):
             embeds = torch.cat([self.before, x.to(self.before.dtype), self.after], 1)
             ids = self._position_ids(anchor, self.after.shape[1])
             self.said = decoder.prefill(self.bucket, embeds, ids, self._lengths, anchor)
-        return self.said.clone() if prompt.slots else self._decoded(clock)
+        return self._acted(clock) if prompt.slots else self._decoded(clock)
 
     def attached(self) -> AbstractContextManager[Any]:
         return self.decoder
@@ -259,6 +263,10 @@ class FixedArm(Arm):
     def encoded(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """What `Subject.encode` gives for one request."""
         return tuple(t.clone() for t in self._encode(pixels))
+
+    def _acted(self, clock: StageClock) -> Tensor:
+        """Actions behind a prefill."""
+        return self.said.clone()
 
     def _decoded(self, clock: StageClock) -> Tensor:
         tokens = [self.decoder.token.clone()]

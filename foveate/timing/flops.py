@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arms import Arm, AttachedArm
+from .flow import FlowSubject
 from .subjects import linear_weights
 
 
@@ -25,7 +26,7 @@ def decoder_flops(text_model: Any, new: Sequence[int], seen: Sequence[int]) -> f
 
 
 def request_flops(arm: Arm) -> dict[str, float]:
-    """Operations of one request by stage: encode, score, prefill, tokens."""
+    """Operations of one request by stage: encode, score, prefill, tokens or denoise."""
     subject, prompt = arm.subject, arm.subject.prompt
     text, head = subject.text_model, linear_weights(subject.head)
     others = prompt.before + prompt.after
@@ -39,7 +40,8 @@ def request_flops(arm: Arm) -> dict[str, float]:
         question = [prompt.after - 1] * len(lengths)
         seen = [n - prompt.after + 1 for n in lengths]
         return {"question": decoder_flops(text, question, seen) + 2.0 * head, "tokens": tokens}
-    return {
+    acted = {"denoise": subject.action_flops(lengths)} if isinstance(subject, FlowSubject) else {}
+    return acted | {
         "encode": subject.encode_flops(arm.tower_layers()),
         "score": score_flops(arm),
         "prefill": decoder_flops(text, lengths, none) + 2.0 * head,

@@ -124,6 +124,8 @@ def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
 
     `times_faster`: medians of the stock unpruned arm at the same batch over its own.
     `agreement`: of a fixed-shape arm with the stock arm that keeps the same tokens.
+    `kept`: visual tokens in the last layer. `us_per_token`: microseconds by which the median total
+    fell for each of them that went away since the next larger bucket of the same arm.
     """
     rows = []
     for arm in arms:
@@ -134,6 +136,7 @@ def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
             "reducer": None if arm.reducer is None else type(arm.reducer).__name__,
             "batch": arm.batch,
             "visual": arm.visual,
+            "kept": arm.layer_tokens[-1],
             "layer_tokens": statistics.fmean(arm.layer_tokens),
             "tflop": {stage: value / 1e12 for stage, value in flops.items()},
             "ms": {s: quantiles(v) for s, v in run.samples.get(arm.key, {}).items()},
@@ -151,7 +154,31 @@ def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
                 run.answers[arm.key], run.answers[twin], run.said[arm.key], run.said[twin]
             )
         rows.append(row)
+    for row in rows:
+        larger = [r for r in _buckets(rows, row["arm"], row["batch"]) if r["kept"] > row["kept"]]
+        if row["ms"] and larger:
+            near = min(larger, key=lambda r: int(r["kept"]))
+            saved_ms = near["ms"][TOTAL]["p50"] - row["ms"][TOTAL]["p50"]
+            row["us_per_token"] = saved_ms * 1e3 / (near["kept"] - row["kept"])
     return rows
+
+
+def slopes_us(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """For each arm at one request: microseconds of the median total per visual token kept, the
+    slope of a line through all its buckets by least squares. The rows are those of `rows_of`."""
+    slopes = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        buckets = _buckets(rows, arm, 1)
+        if len({row["kept"] for row in buckets}) > 1:
+            kept = [row["kept"] for row in buckets]
+            total = [row["ms"][TOTAL]["p50"] for row in buckets]
+            slopes[arm] = float(np.polyfit(kept, total, 1)[0]) * 1e3
+    return slopes
+
+
+def _buckets(rows: Sequence[dict[str, Any]], arm: str, batch: int) -> list[dict[str, Any]]:
+    """Rows of one arm that were timed."""
+    return [r for r in rows if (r["arm"], r["batch"]) == (arm, batch) and r["ms"]]
 
 
 def quantiles(samples_ms: Sequence[float]) -> dict[str, float]:
@@ -178,20 +205,21 @@ def agreement(answer: Tensor, other: Tensor, said: Tensor, other_said: Tensor) -
 def card_of(
     subject: Subject, arms: Sequence[Arm], run: Run, device: str, warmup: int, seed: int
 ) -> LatencyCard:
-    """The stages of the fixed-shape arms of one request, by visual tokens that enter the model.
+    """The stages of the fixed-shape arms of one request, by visual tokens that are kept.
 
-    `tokens` is told for one decoded token.
+    `tokens` is told for one decoded token, `denoise` for one flow step.
     """
     timings = []
-    for arm in {a.visual: a for a in arms if a.name == "graph" and a.batch == 1}.values():
+    prompt = subject.prompt
+    repeats = {"tokens": ("token", prompt.decode), "denoise": ("flow_step", prompt.flow_steps)}
+    for arm in {a.layer_tokens[-1]: a for a in arms if a.name == "graph" and a.batch == 1}.values():
         stages = run.samples.get(arm.key, {})
-        for stage in ("encode", "reduce", "prefill", "tokens"):
+        for stage in ("encode", "reduce", "prefill", "tokens", "denoise"):
             if stage in stages:
-                each = arm.subject.prompt.decode if stage == "tokens" else 1
-                name = "token" if stage == "tokens" else stage
+                name, each = repeats.get(stage, (stage, 1))
                 values = [ms / each for ms in stages[stage]]
-                timings.append(StageTiming.of(name, arm.visual, values))
-    grid, prompt = subject.grid, subject.prompt
+                timings.append(StageTiming.of(name, arm.layer_tokens[-1], values))
+    grid = subject.grid
     return LatencyCard(
         model=f"{subject.name}, {subject.weights} weights",
         device=device,

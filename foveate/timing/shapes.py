@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from policies.models import in_the_box, load
 from stream.errors import ConfigError
 from stream.registry import suggest
 
+from .flow import ExpertShape, FlowSubject
 from .subjects import ActionSubject, Subject, VideoSubject
 
 Size = dict[str, Any]
@@ -57,6 +59,34 @@ QWEN2_7B: Size = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
     "max_position_embeddings": 32768,
+}
+SMOLVLM2_500M: Size = {
+    "vocab_size": 49280,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+}
+"""The half of its layers that SmolVLA has."""
+SIGLIP_BASE: Size = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 16,
+    "vision_use_head": False,
+}
+GEMMA_2B: Size = {
+    "vocab_size": 257152,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
 }
 TINY: Size = {
     "hidden_size": 64,
@@ -109,12 +139,24 @@ def action_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> 
     return ActionSubject(name, towers, projector, llm, cameras, 34, 7, chunk)
 
 
+def flow_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> FlowSubject:
+    """A flow policy with random weights. Raises UnknownNameError for a name without a shape."""
+    if name not in _FLOW:
+        raise suggest("policy shape", name, _FLOW)
+    shape = _FLOW[name]
+    tower = _random(AutoModel, SiglipVisionConfig(**shape.vision), device, dtype)
+    prefix = _random(AutoModel, LlamaConfig(**shape.prefix), device, dtype)
+    return FlowSubject(name, tower, shape.shuffle, prefix, shape.text, shape.expert, cameras)
+
+
 def subject(
     name: str, frames: int, decode: int, cameras: int, device: str, dtype: torch.dtype
 ) -> Subject:
     """Any of them by name. Raises UnknownNameError with the known names."""
     if name in _ACTION:
         return action_subject(name, cameras, device, dtype)
+    if name in _FLOW:
+        return flow_subject(name, cameras, device, dtype)
     if name in _VIDEO or name in in_the_box() or "/" in name:
         return video_subject(name, frames, decode, device, dtype)
     raise suggest("model", name, names())
@@ -122,7 +164,7 @@ def subject(
 
 def names() -> tuple[str, ...]:
     """Every name that needs no download."""
-    return (*_VIDEO, *_ACTION, *in_the_box())
+    return (*_VIDEO, *_ACTION, *_FLOW, *in_the_box())
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -194,3 +236,49 @@ _ACTION: dict[str, tuple[bool, int]] = {
     "tiny-openvla-oft": (True, 8),
 }
 """Whether a shape is tiny, and the steps of a chunk decoded in parallel, 0 for tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FlowShape:
+    """shuffle: see `FlowSubject`. text: places of instruction and state. The prefix is made of
+    Llama's layers, which in Gemma's sizes do what Gemma's do."""
+
+    vision: Size
+    shuffle: int
+    prefix: Size
+    text: int
+    expert: ExpertShape
+
+
+_TINY_VISION: Size = {**SIGLIP_BASE, **TINY, "patch_size": 8, "image_size": 64}
+_TINY_PREFIX: Size = {**TINY, "vocab_size": 300, "head_dim": 16}
+_FLOW: dict[str, _FlowShape] = {
+    "smolvla": _FlowShape(
+        SIGLIP_BASE | {"image_size": 512},
+        4,
+        SMOLVLM2_500M,
+        49,
+        ExpertShape(720, 2048, crossing=2),
+    ),
+    "pi05": _FlowShape(
+        SIGLIP_SO400M | {"image_size": 224},
+        1,
+        GEMMA_2B,
+        200,
+        ExpertShape(1024, 4096, modulated=True),
+    ),
+    "tiny-smolvla": _FlowShape(
+        _TINY_VISION,
+        2,
+        _TINY_PREFIX | {"num_key_value_heads": 2},
+        9,
+        ExpertShape(48, 96, chunk=5, steps=3, crossing=2),
+    ),
+    "tiny-pi05": _FlowShape(
+        _TINY_VISION,
+        1,
+        _TINY_PREFIX | {"num_key_value_heads": 1},
+        9,
+        ExpertShape(32, 64, chunk=5, steps=3, modulated=True),
+    ),
+}

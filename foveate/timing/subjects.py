@@ -26,12 +26,14 @@ class Prompt:
     """Places of text before and behind the visual tokens, and tokens decoded after the first one.
 
     slots: places behind the text that actions are read from in parallel; 0 = they are decoded.
+    flow_steps: passes of an action expert over the cache of the prompt.
     """
 
     before: int
     after: int
     decode: int
     slots: int = 0
+    flow_steps: int = 0
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -105,7 +105,8 @@ def test_a_shape_that_does_not_exist_names_those_that_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "model"), [("ttft", "tiny-llava"), ("step", "tiny-openvla-oft")]
+    ("command", "model"),
+    [("ttft", "tiny-llava"), ("step", "tiny-openvla-oft"), ("step", "tiny-smolvla")],
 )
 def test_latency_commands_write_rows_and_a_card(command: str, model: str, tmp_path: Path) -> None:
     argv = ["bench", command, "--model", model, "--retain", "0.5,0.25", "--repeats", "2"]
@@ -124,6 +125,8 @@ def test_latency_commands_write_rows_and_a_card(command: str, model: str, tmp_pa
     assert not told["soak"]["grown"]
     card = LatencyCard.load(tmp_path / f"card_{stem}.json")
     assert set(card.stages) >= {"encode", "reduce", "prefill"}
+    assert ("flow_step" in card.stages) == (model == "tiny-smolvla")
+    assert told["us_per_token"].keys() >= {"eager", "graph"}
 
 
 def test_throughput_counts_requests(tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""A control step of a flow policy: pictures and words are a prefix, an expert flows over its cache.
+
+Shapes are those of the policies, weights are random. What the time of a step hangs on is there:
+all linear layers, norms and attention. Padding masks are not, and actions see each other whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from stream.data import PatchGrid
+
+from .subjects import Prompt, Subject, linear_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """width, mlp: of the expert; its heads are those of the prefix. actions: of each of the
+    `chunk` steps. crossing: every so many layers are joint, the others only look at the prefix,
+    whose keys and values they project anew in each flow step; 1 = all are joint.
+    modulated: the flow time scales the norms, instead of being an input beside the actions.
+    """
+
+    width: int
+    mlp: int
+    actions: int = 32
+    chunk: int = 50
+    steps: int = 10
+    crossing: int = 1
+    modulated: bool = False
+
+
+class FlowSubject(Subject):
+    """SigLIP, a projector, a Llama- or Gemma-shaped prefix and the expert.
+
+    shuffle: patches along each side of a square that become one token. The last place of the
+    text is the robot's state.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tower: Any,
+        shuffle: int,
+        text_model: Any,
+        text: int,
+        expert: ExpertShape,
+        cameras: int,
+    ) -> None:
+        self.name, self.weights = name, "random"
+        self._tower, self._shuffle, self.text_model = tower, shuffle, text_model
+        vision = tower.config
+        side = vision.image_size // vision.patch_size // shuffle
+        self._shape = (cameras, 3, vision.image_size, vision.image_size)
+        self.grid = PatchGrid(cameras, side, side)
+        self.prompt = Prompt(before=1, after=text, decode=0, slots=1, flow_steps=expert.steps)
+        self.head = nn.Identity()
+        with torch.device(self.device):
+            width = int(text_model.config.hidden_size)
+            projector = nn.Linear(vision.hidden_size * shuffle**2, width)
+            self._expert = _Expert(expert, text_model.config)
+        self._projector = projector.to(self.dtype).eval()
+        self._expert.to(self.dtype).eval()
+
+    def pixels(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
+
+    def noise(self, seed: int) -> Tensor:
+        """What the flow starts from, float32 [1, chunk, actions]."""
+        shape = self._expert.shape
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, shape.chunk, shape.actions, generator=generator).to(self.device)
+
+    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        hidden = self._tower(pixels).last_hidden_state
+        rows, k = self.grid.rows, self._shuffle
+        squares = hidden.unflatten(1, (rows, k, rows, k)).transpose(2, 3)
+        return (self._projector(squares.flatten(3).flatten(1, 2).flatten(2)).flatten(0, 1),)
+
+    def actions(self, noise: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """All flow steps: float32 [b, chunk, a].
+
+        noise: float32 [b, chunk, a]; keys, values: of each layer of the prefix, [b, h, n, d], where
+        n may differ from layer to layer. The actions stand behind the unpruned prefix.
+        """
+        shape = self._expert.shape
+        first = self.prompt.before + self.grid.size + self.prompt.after
+        places = first + torch.arange(shape.chunk, device=noise.device)
+        rotary = self.text_model.rotary_emb(keys[0], places[None])
+        for step in range(shape.steps):
+            time = torch.full((len(noise),), 1 - step / shape.steps, device=noise.device)
+            noise = noise - self._expert(noise, time, rotary, keys, values).float() / shape.steps
+        return noise
+
+    def action_flops(self, seen: Sequence[int]) -> float:
+        """Operations of `actions`. seen: places of the prefix in each layer."""
+        return self._expert.flops(seen)
+
+    def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
+        vision = self._tower.config
+        patches = self.grid.per_frame * self._shuffle**2
+        attention = 4.0 * vision.hidden_size * patches * vision.num_hidden_layers
+        tower = patches * (2.0 * linear_weights(self._tower) + attention)
+        projector = 2.0 * self.grid.per_frame * linear_weights(self._projector)
+        return float(self.grid.frames * (tower + projector))
+
+    def saliency_flops(self) -> float:
+        return 0.0
+
+    def positions(self) -> Tensor:
+        length = self.prompt.before + self.grid.size + self.prompt.after
+        return torch.arange(length, device=self.device)[None]
+
+
+class _Expert(nn.Module):
+    """(noisy actions [b, s, a], time [b], rotary tables, cache of the prefix) -> velocity."""
+
+    def __init__(self, shape: ExpertShape, prefix: Any) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.width
+        self.enter = nn.Linear(shape.actions, width)
+        inputs = width if shape.modulated else 2 * width
+        self.time = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(
+            _ExpertLayer(shape, prefix, joint=i % shape.crossing == 0)
+            for i in range(prefix.num_hidden_layers)
+        )
+        self.norm = _Norm(width, shape.modulated)
+        self.leave = nn.Linear(width, shape.actions)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        x = self.enter(noisy.to(self.enter.weight.dtype))
+        when = _waves(time, self.shape.width).to(x.dtype)[:, None]
+        if self.shape.modulated:
+            when = F.silu(self.time(when))
+        else:
+            x = self.time(torch.cat([x, when.expand_as(x)], -1))
+        for layer, key, value in zip(self.layers, keys, values, strict=True):
+            x = layer(x, when, rotary, key, value)
+        velocity: Tensor = self.leave(self.norm(x, when)[0])
+        return velocity
+
+    def flops(self, seen: Sequence[int]) -> float:
+        chunk, total = self.shape.chunk, 0.0
+        layers: Any = self.layers
+        for layer, places in zip(layers, seen, strict=True):
+            projections = linear_weights(layer.key) + linear_weights(layer.value)
+            others = sum(map(linear_weights, (layer.query, layer.out, layer.mlp)))
+            projected, looked = (chunk, places + chunk) if layer.joint else (places, places)
+            total += 2.0 * (chunk * others + projected * projections)
+            total += 4.0 * layer.out.in_features * chunk * looked
+            total += 2.0 * sum(map(linear_weights, layer.norms))
+        ends = linear_weights(self.enter) + linear_weights(self.leave)
+        timed = 1 if self.shape.modulated else chunk
+        total += 2.0 * (chunk * ends + timed * linear_weights(self.time))
+        return float(self.shape.steps * (total + 2.0 * linear_weights(self.norm)))
+
+
+class _ExpertLayer(nn.Module):
+    def __init__(self, shape: ExpertShape, prefix: Any, joint: bool) -> None:
+        super().__init__()
+        self.joint, self.size = joint, int(prefix.head_dim)
+        width, held = shape.width, int(prefix.num_key_value_heads) * self.size
+        inside = int(prefix.num_attention_heads) * self.size
+        self.query = nn.Linear(width, inside, bias=False)
+        self.key, self.value = (
+            nn.Linear(width if joint else held, held, bias=False) for _ in range(2)
+        )
+        self.out = nn.Linear(inside, width, bias=False)
+        self.mlp = _Gated(width, shape.mlp, F.gelu if shape.modulated else F.silu)
+        self.norms = nn.ModuleList(_Norm(width, shape.modulated) for _ in range(2))
+
+    def forward(
+        self, x: Tensor, when: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor, value: Tensor
+    ) -> Tensor:
+        h, gate = self.norms[0](x, when)
+        query = self.query(h).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        if self.joint:
+            own, added = (self._heads(p, h) for p in (self.key, self.value))
+            query, own = apply_rotary_pos_emb(query, own, *rotary)
+            key, value = torch.cat([key, own], 2), torch.cat([value, added], 2)
+        else:
+            query, _ = apply_rotary_pos_emb(query, query, *rotary)
+            key, value = (
+                self._heads(project, held.transpose(1, 2).flatten(2))
+                for project, held in ((self.key, key), (self.value, value))
+            )
+        b, _, rows, size = query.shape
+        groups = query.reshape(b, key.shape[1], -1, size)
+        seen = F.scaled_dot_product_attention(groups, key, value).reshape(b, -1, rows, size)
+        x = x + gate * self.out(seen.transpose(1, 2).flatten(2))
+        h, gate = self.norms[1](x, when)
+        moved: Tensor = x + gate * self.mlp(h)
+        return moved
+
+    def _heads(self, project: nn.Module, x: Tensor) -> Tensor:
+        heads: Tensor = project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        return heads
+
+
+class _Gated(nn.Module):
+    def __init__(self, width: int, inside: int, activation: Any) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, inside, bias=False) for _ in range(2))
+        self.down = nn.Linear(inside, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        return out
+
+
+class _Norm(nn.Module):
+    """(normed x, gate of the branch); both depend on the flow time if modulated."""
+
+    def __init__(self, width: int, modulated: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.modulation = nn.Linear(width, 3 * width) if modulated else None
+
+    def forward(self, x: Tensor, when: Tensor) -> tuple[Tensor, Tensor | float]:
+        x = F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+        if self.modulation is None:
+            return x, 1.0
+        scale, shift, gate = self.modulation(when).chunk(3, -1)
+        return x * (1 + scale) + shift, gate
+
+
+def _waves(time: Tensor, width: int) -> Tensor:
+    """Sines and cosines of a time [b] at periods of 0.004 to 4: float32 [b, width]."""
+    share = torch.linspace(0, 1, width // 2, device=time.device)
+    angle = time[:, None] * 2 * math.pi / (0.004 * 1000**share)
+    return torch.cat([angle.sin(), angle.cos()], -1)

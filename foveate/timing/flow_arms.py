@@ -1,0 +1,83 @@
+"""The arms of flow policies: behind the prefill, all flow steps at once."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from policies.graphs.capture import GraphPool, Program
+from stream.reducers.base import Reducer
+
+from .arms import Arm, EagerArm, FixedArm
+from .clock import StageClock
+from .flow import FlowSubject
+from .subjects import Subject
+
+STAGES = (*Arm.first, "denoise")
+NOISE_SEED = 2
+
+
+class FlowEagerArm(EagerArm):
+    """Flow steps over the growing cache that the prefill left, launched kernel by kernel."""
+
+    subject: FlowSubject
+    first: ClassVar[tuple[str, ...]] = STAGES
+
+    def _acted(self, clock: StageClock, cache: Any) -> Tensor:
+        noise = self.subject.noise(NOISE_SEED).expand(self.batch, -1, -1)
+        with clock.stage("denoise"):
+            keys, values = zip(*((held.keys, held.values) for held in cache.layers), strict=True)
+            self.said = self.subject.actions(noise, keys, values)
+        return self.said
+
+
+class FlowFixedArm(FixedArm):
+    """All flow steps are one program over the constant cache."""
+
+    subject: FlowSubject
+    first: ClassVar[tuple[str, ...]] = STAGES
+
+    def __init__(
+        self,
+        subject: FlowSubject,
+        reducer: Reducer | None,
+        retain: float,
+        batch: int,
+        pool: GraphPool,
+    ) -> None:
+        super().__init__(subject, reducer, retain, batch, pool)
+        self._noise = subject.noise(NOISE_SEED).expand(batch, -1, -1)
+        text = self.bucket.before + self.bucket.after
+        lengths = [n + text for n in self.layer_tokens]
+
+        def denoise(noise: Tensor) -> tuple[Tensor]:
+            cache = self.decoder.cache
+            keys, values = (
+                [held[:, :, :n] for held, n in zip(buffers, lengths, strict=True)]
+                for buffers in (cache.keys, cache.values)
+            )
+            return (subject.actions(noise, keys, values),)
+
+        self._denoise = Program(pool, f"The flow steps of {subject.name}", denoise)
+
+    def _acted(self, clock: StageClock) -> Tensor:
+        with clock.stage("denoise"):
+            (said,) = self._denoise(self._noise)
+        self.said = said.clone()
+        return self.said
+
+
+def eager_arm(subject: Subject, reducer: Reducer | None, retain: float, batch: int) -> Arm:
+    """The stock arm of a subject."""
+    kind = FlowEagerArm if isinstance(subject, FlowSubject) else EagerArm
+    return kind(subject, reducer, retain, batch)
+
+
+def fixed_arm(
+    subject: Subject, reducer: Reducer | None, retain: float, batch: int, pool: GraphPool
+) -> FixedArm:
+    """The arm of a subject in fixed shapes."""
+    if isinstance(subject, FlowSubject):
+        return FlowFixedArm(subject, reducer, retain, batch, pool)
+    return FixedArm(subject, reducer, retain, batch, pool)
