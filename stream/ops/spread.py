@@ -31,9 +31,10 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
         return torch.full((b, k), -1, device=x.device)
     distance = 1.0 - pairwise_cosine(x.detach())
     itself = torch.eye(n, dtype=torch.bool, device=x.device)
-    isolation = distance.masked_fill(itself | ~valid[:, None, :], torch.inf).amin(-1)
+    barred = itself | ~valid[:, None, :]
+    isolation = distance.masked_fill(barred, torch.inf).amin(-1)
     first = isolation.masked_fill(~valid, -torch.inf).argmax(-1)
-    distance.masked_fill_(itself | ~valid[:, None, :], -torch.inf)
+    distance.masked_fill_(barred, -torch.inf)
     one_kernel = _one_kernel(n) if distance.is_cuda else None
     picks = (one_kernel or chain)(distance, first, min(k, n))
     spent = torch.arange(picks.shape[1], device=x.device) >= valid.sum(-1, keepdim=True)
