@@ -1,4 +1,5 @@
-"""Guards around every test: seeded randomness, no network, and no test that skips unseen."""
+"""Guards around every test: seeded randomness, no network, and no test that skips unseen; and what
+tests of several packages share."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import random
 import socket
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -82,6 +84,35 @@ def pictures() -> None:
     """For tests that look through a simulator's cameras; FOVEATE_REQUIRE_GL=1 forbids to skip."""
     if _no_pictures() and os.environ.get("FOVEATE_REQUIRE_GL") != "1":
         pytest.skip(_no_pictures())
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 frames of 64 x 48: a still picture with a moving bright square."""
+    import av
+
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    background = np.random.default_rng(0).integers(0, 120, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for t in range(24):
+            image = background.copy()
+            image[8:16, 2 * t : 2 * t + 8] = 250
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[None]:
+    """Ray on this machine, started once for all tests that use it."""
+    from stream.actors import local_ray
+
+    with local_ray():
+        yield
 
 
 def _own_names() -> set[str]:

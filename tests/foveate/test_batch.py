@@ -259,6 +259,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_a_killed_worker_changes_nothing(
     unbroken: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

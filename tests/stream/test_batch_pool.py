@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from stream.actors import local_ray
 from stream.batch.jobs import Outcome, VideoJob
 from stream.batch.pool import RETRIES, Place, run_pool
 from stream.batch.worker import VideoWorker
 from stream.errors import ConfigError, FoveateError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_ray() -> Iterator[None]:
-    with local_ray("local"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 
 class Fragile(VideoWorker):
