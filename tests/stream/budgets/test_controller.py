@@ -178,11 +178,18 @@ def test_more_slack_never_gives_less(
         assert (richer.tokens, richer.steps) >= (poorer.tokens, poorer.steps)
 
 
-@given(situations)
-def test_decisions_are_pure_and_travel(situation: Situation) -> None:
+@pytest.fixture(scope="module")
+def at_work() -> tuple[DeadlineController, ControllerState]:
     c = controller()
-    state = settled(c, ticks=5)
-    kept = pickle.loads(pickle.dumps((c, state)))
+    return c, settled(c, ticks=5)
+
+
+@given(situation=situations)
+def test_decisions_are_pure_and_travel(
+    at_work: tuple[DeadlineController, ControllerState], situation: Situation
+) -> None:
+    c, state = at_work
+    kept = pickle.loads(pickle.dumps(at_work))
     first, again = c.decide(state, situation), c.decide(state, situation)
     assert first == again == kept[0].decide(kept[1], situation)
     assert kept == (c, state)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stream.actors import local_ray
 from stream.errors import SourceError
 from stream.live.cameras import RemoteFeed
 from stream.live.feeds import Feed, FileFeed, open_feed
@@ -16,12 +15,6 @@ from tests.stream.sources.making import write_video
 
 SHORT = "lavfi:testsrc2=size=64x48:rate=20:duration=2"
 CAMERA = "lavfi:testsrc2=size=64x48:rate=20"
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    with local_ray():
-        yield
 
 
 def drained(feed: Feed, enough: Callable[[list[LiveFrame]], bool]) -> list[LiveFrame]:
@@ -51,14 +44,16 @@ def test_a_file_feed_gives_a_file_at_a_rate(tmp_path: Path) -> None:
     assert feed.said()["frames_delivered"] == 30
 
 
-def test_an_actor_gives_the_same_frames(one_ray: None) -> None:
+@pytest.mark.usefixtures("one_ray")
+def test_an_actor_gives_the_same_frames() -> None:
     settings = LiveSettings(policy="block")
     frames = drained(RemoteFeed(SHORT, 5.0, settings), all_of)
     assert [round(f.frame.pts_s, 3) for f in frames] == [t / 5 for t in range(10)]
 
 
 @pytest.mark.slow
-def test_a_killed_camera_comes_back_behind_a_gap(one_ray: None) -> None:
+@pytest.mark.usefixtures("one_ray")
+def test_a_killed_camera_comes_back_behind_a_gap() -> None:
     feed = RemoteFeed(CAMERA, None, LiveSettings(policy="drop-oldest"))
     killed = False
 
