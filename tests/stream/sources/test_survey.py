@@ -8,12 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stream.sources import Fps, Uniform
+import pytest
+
+from stream.sources import Fps, Uniform, live
+from stream.sources.live_values import LiveSettings
 from stream.sources.survey import memory_trace, survey
 from tests.stream.sources.making import corrupt_packets, write_video
 
 
-def test_one_row_for_each_input(clean_mp4: Path, tmp_path: Path) -> None:
+def test_one_row_for_each_input(
+    clean_mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = LiveSettings(open_timeout_s=0.2, silent_s=0.2)
+    monkeypatch.setattr(live, "LiveSettings", lambda: hasty)
     corrupt = corrupt_packets(clean_mp4, tmp_path / "corrupt.mp4", [10, 11])
     os.mkfifo(tmp_path / "pipe")
     inputs = [clean_mp4, corrupt, tmp_path, tmp_path / "pipe", "missing", "http://a:b@h/x"]
