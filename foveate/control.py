@@ -116,6 +116,7 @@ def jobs_of(
 
 
 def cell_of(arm: Arm, settings: DriveSettings) -> Cell:
+    """The row of the results that an arm under these settings belongs to."""
     from sims.outcomes import Cell
 
     reducer = reducer_of(settings.reducer, **settings.settings)

@@ -98,6 +98,7 @@ def read_clip(asked: Asked, first_index: int = 0) -> Clip:
 
 
 def later(clip: Clip, by_s: float) -> Clip:
+    """The clip with all its times moved by `by_s` seconds."""
     return replace(clip, frames=tuple(replace(f, pts_s=f.pts_s + by_s) for f in clip.frames))
 
 
@@ -124,6 +125,7 @@ def rate_of(clip: Clip, patches: int) -> float:
 
 
 def right(reply: Reply, questions: Sequence[Any]) -> list[bool]:
+    """Whether each answer is the word that was asked for."""
     return [a.text == q.answer for a, q in zip(reply.answers, questions, strict=True)]
 
 

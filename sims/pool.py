@@ -1,7 +1,7 @@
 """Many environments in many processes, stepped together, for closed-loop evaluation in batches.
 
-Each slot plays one episode at a time and keeps every environment it ever played (about 150 MB each
-where Mesa renders), so that changing tasks costs nothing. Pictures come through shared memory.
+Each slot plays one episode at a time and keeps its environment until it plays another task.
+Pictures come through shared memory.
 """
 
 from __future__ import annotations

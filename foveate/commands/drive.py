@@ -109,6 +109,7 @@ class Run:
         self.summaries: list[dict[str, Any]] = []
 
     def play(self, seed: int, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """One episode, told to all sinks. about: of the run. say: shows a line of progress."""
         from sims.tally import Tally
 
         mine = Tally()
@@ -190,6 +191,7 @@ def progress_line() -> Iterator[Any]:
 
 
 def line_of(tick: Tick, tally: Tally, seed: int) -> str:
+    """One line about the latest inference, for a terminal."""
     predicted = "-" if tick.predicted_ms is None else f"{tick.predicted_ms:.0f}"
     return (
         f"seed {seed}  step {tick.first_step}  {tick.decision.tokens} tokens  "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,11 +62,11 @@ def watch(
 
     as_json: one JSON line for each that a person would read.
     """
-    from stream.live.watching import Watcher
+    from stream.live.watching import Listener, Watcher
 
     names = names_of(sources)
     with ExitStack() as stack:
-        listeners = []
+        listeners: list[Listener] = []
         if record is not None:
             from stream.live.record import Recorder
 
@@ -89,6 +89,7 @@ def watch(
 
 
 def rows_of(watcher: Watcher, seconds: float | None) -> Iterator[dict[str, Any]]:
+    """What each turn says, until the streams end or `seconds` are over."""
     until_s = None if seconds is None else time.monotonic() + seconds
     while watcher.watching and (until_s is None or time.monotonic() < until_s):
         yield from watcher.turn()
@@ -181,11 +182,3 @@ def line_of(row: Mapping[str, Any], stale_s: float) -> str:
     age_s = row.get("frame_age_s")
     age = "" if age_s is None else f" (newest frame {age_s:.1f} s old)"
     return f"{start}  {row.get('phase', row['kind'])}: {row['said']}{age}"
-
-
-@contextmanager
-def closing(listener: Any) -> Iterator[Any]:
-    try:
-        yield listener
-    finally:
-        listener.close()

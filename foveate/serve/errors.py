@@ -19,12 +19,14 @@ KINDS = (FoveateError, RequestValidationError, HTTPException)
 
 
 async def say_error(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request that failed with one of `KINDS`."""
     refusal = refusal_of(error)
     headers = getattr(error, "headers", None)
     return JSONResponse(refusal.body(), refusal.status, headers)
 
 
 def refusal_of(error: Exception) -> Refusal:
+    """An error with its HTTP status and code."""
     match error:
         case Refusal():
             return error

@@ -58,6 +58,7 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def reply_of(body: schemas.ChatRequest, running: Running, outcome: Outcome) -> schemas.ChatReply:
+    """The whole answer as one document."""
     said = schemas.Said(content=outcome.answer.text)
     return schemas.ChatReply(
         id=running.id,

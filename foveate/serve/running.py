@@ -25,7 +25,7 @@ _POLL_S = 0.1
 
 
 class Running:
-    """An answer under way, as the event loop sees it: texts so far, and the outcome."""
+    """texts: what was said so far, None at the end. future: the outcome."""
 
     def __init__(self, service: Service, work: Callable[[Call], Outcome]) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
