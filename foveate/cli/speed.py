@@ -1,4 +1,4 @@
-"""Declares `foveate bench ttft | step | throughput | select`."""
+"""Declares `foveate bench ttft | step | throughput | select | encoder`."""
 
 from __future__ import annotations
 
@@ -161,3 +161,25 @@ def bench_select(
     from ..commands import bench_speed as command
 
     command.select(cameras, retain, device, dtype, repeats, seed, as_json)
+
+
+@bench_app.command("encoder")
+def bench_encoder(
+    share: Annotated[str, typer.Option(help="Patches of a frame encoded again, by comma.")] = (
+        "0.125,0.25,0.5"
+    ),
+    refresh: Annotated[str, typer.Option(help="Frames between key frames, by comma.")] = "8,16",
+    videos: Annotated[int, typer.Option(help="Held-out clips, 12 questions each.")] = 20,
+    frames: Annotated[int, typer.Option(help="Frames a clip.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of clips and questions.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Feature error and accuracy of encoders that compute less, with the model in the box.
+
+    Random weights, as the 7B shapes have, would say nothing of either.
+    """
+    from ..commands import bench_encoder as command
+
+    command.encoder(share, refresh, videos, frames, device, threads, seed, as_json)

@@ -321,16 +321,16 @@ class SkippingArm(LeanArm):
         assert subject.tower is not None
         self._tower = SkippingTower(subject.tower)
         self._by_keys: dict[int, Program] = {}
-        self._computed = 0
+        self._work_of_last = (0, 0)
 
     def tower_layers(self) -> list[tuple[int, int]]:
         """Of the last request."""
-        return [(self._computed, self._tower.patches)] * self._tower.depth
+        return [self._work_of_last] * self._tower.depth
 
     def encoded(self, pixels: Tensor) -> tuple[Tensor, ...]:
         frames = pixels.flatten(0, 1)
         layout = self._tower.layout(frames)
-        self._computed = self._tower.computed(layout)
+        self._work_of_last = (self._tower.computed(layout), self._tower.seen(layout))
         keys = layout.keys.numel()
         if keys not in self._by_keys:
             name = f"The encoder of {self.subject.name} with {keys} key frames"

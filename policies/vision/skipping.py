@@ -57,6 +57,12 @@ class SkippingTower:
         """Patches of all frames that each layer computes."""
         return layout.keys.numel() * self.patches + layout.later.numel() * self._again
 
+    def seen(self, layout: Layout) -> int:
+        """Patches that each of them sees in a layer. To correct the keys and values of a later
+        frame costs as much as its attention once more, and is counted so."""
+        later = layout.later.numel() * self._again
+        return round(self.patches * (1 + later / self.computed(layout)))
+
     def layout(self, pixels: Tensor) -> Layout:
         """Which frames of [f, 3, h, w] to encode whole; asks the device once.
 
@@ -153,7 +159,7 @@ class SkippingTower:
         """Mean absolute difference of each patch, float32 [f, p]."""
         side = self._parts.patch_px
         height, width = (n // side * side for n in new.shape[-2:])
-        apart = (new - old).abs().float().mean(1)[:, :height, :width]
+        apart = (new - old).abs().mean(1, dtype=torch.float32)[:, :height, :width]
         patches: Tensor = apart.unflatten(1, (-1, side)).unflatten(3, (-1, side))
         return patches.mean((2, 4)).flatten(1)
 
