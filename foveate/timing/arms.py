@@ -22,7 +22,6 @@ from policies.prefill import VideoSpan
 from policies.vision.merging import MergingTower
 from policies.vision.skipping import Layout, SkippingTower
 from stream.data import Budget
-from stream.memory import Memory
 from stream.pipeline import EncodedVideo, reduce_video
 from stream.plan import Plan
 from stream.reducers.base import Reducer
@@ -104,8 +103,7 @@ class Arm(ABC):
         """Answer; tokens long [batch, 1 + decode], or actions [batch, steps, a]."""
 
     def _encoded(self, parts: list[tuple[Tensor, ...]]) -> list[EncodedVideo]:
-        grid = self.subject.grid
-        times = tuple(float(t) for t in range(grid.frames))
+        grid, times = self.subject.grid, self.subject.pts_s
         return [
             EncodedVideo(p[0], {Signal.SALIENCY: p[1]} if p[1:] else {}, grid, times) for p in parts
         ]
@@ -116,7 +114,9 @@ class Arm(ABC):
         if self.reducer is None:
             size, device = self.subject.grid.size, self.subject.device
             return torch.stack([e.x for e in encoded]), [Plan.identity(size, device)] * self.batch
-        videos = [reduce_video(e, self.reducer, self.budget, Memory()) for e in encoded]
+        videos = [
+            reduce_video(e, self.reducer, self.budget, self.subject.memory()) for e in encoded
+        ]
         return torch.stack([v.x for v in videos]), [v.plan for v in videos]
 
     def _position_ids(self, anchor: Tensor, after: int) -> Tensor:
@@ -185,9 +185,9 @@ class EagerArm(Arm):
     def _expect(self, plans: list[Plan]) -> None:
         first = self.before.shape[1]
         slots = torch.arange(first, first + self.visual, device=self.subject.device)
-        times = tuple(float(t) for t in range(self.subject.grid.frames))
+        one = self.subject
         rows = [
-            [VideoSpan(slots, self.subject.grid, times, self.budget, plan, Signals({}))]
+            [VideoSpan(slots, one.grid, one.pts_s, self.budget, plan, Signals({}), one.memory())]
             for plan in plans
         ]
         length, slots_behind = first + self.visual + self.after.shape[1], self.subject.prompt.slots
@@ -230,6 +230,7 @@ class FixedArm(Arm):
             stages=self.inside,
             read=max(1, prompt.slots),
             bidirectional=prompt.slots > 0,
+            memory=subject.memory,
         )
         length = self.bucket.before + self.visual + real
         self._lengths = torch.full((batch,), length, device=subject.device)

@@ -18,7 +18,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from stream.data import PatchGrid
 
-from .subjects import Prompt, Subject, linear_weights
+from .subjects import Prompt, StepSubject, linear_weights
+
+NOISE_SEED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class ExpertShape:
     modulated: bool = False
 
 
-class FlowSubject(Subject):
+class FlowSubject(StepSubject):
     """SigLIP, a projector, a Llama- or Gemma-shaped prefix and the expert.
 
     shuffle: patches along each side of a square that become one token. The last place of the
-    text is the robot's state.
+    text is the robot's state. noise: what the flow starts from, float32 [1, chunk, a].
     """
 
     def __init__(
@@ -69,16 +71,13 @@ class FlowSubject(Subject):
             self._expert = _Expert(expert, text_model.config)
         self._projector = projector.to(self.dtype).eval()
         self._expert.to(self.dtype).eval()
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        noise = torch.randn(1, expert.chunk, expert.actions, generator=generator)
+        self.noise = noise.to(self.device)
 
     def pixels(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
-
-    def noise(self, seed: int) -> Tensor:
-        """What the flow starts from, float32 [1, chunk, actions]."""
-        shape = self._expert.shape
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(1, shape.chunk, shape.actions, generator=generator).to(self.device)
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         hidden = self._tower(pixels).last_hidden_state

@@ -15,7 +15,6 @@ from .flow import FlowSubject
 from .subjects import Subject
 
 STAGES = (*Arm.first, "denoise")
-NOISE_SEED = 2
 
 
 class FlowEagerArm(EagerArm):
@@ -25,7 +24,7 @@ class FlowEagerArm(EagerArm):
     first: ClassVar[tuple[str, ...]] = STAGES
 
     def _acted(self, clock: StageClock, cache: Any) -> Tensor:
-        noise = self.subject.noise(NOISE_SEED).expand(self.batch, -1, -1)
+        noise = self.subject.noise.expand(self.batch, -1, -1)
         with clock.stage("denoise"):
             keys, values = zip(*((held.keys, held.values) for held in cache.layers), strict=True)
             self.said = self.subject.actions(noise, keys, values)
@@ -47,7 +46,7 @@ class FlowFixedArm(FixedArm):
         pool: GraphPool,
     ) -> None:
         super().__init__(subject, reducer, retain, batch, pool)
-        self._noise = subject.noise(NOISE_SEED).expand(batch, -1, -1)
+        self._noise = subject.noise.expand(batch, -1, -1)
         text = self.bucket.before + self.bucket.after
         lengths = [n + text for n in self.layer_tokens]
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from policies.graphs.capture import GraphPool, Program
 from stream.data import Budget, PatchGrid, VisualTokens
-from stream.memory import Memory
-from stream.reducers.vla_pruner import VLAPruner, remember
+from stream.reducers.vla_pruner import VLAPruner
 from stream.signals import Signal, Signals
 
 from .clock import HOST, StageClock
 from .measure import quantiles
+from .past import two_steps
 
 
 @torch.inference_mode()
@@ -27,15 +27,11 @@ def selection_cost(
     grid = PatchGrid(cameras, 16, 16)
     x = torch.randn(grid.size, 4096, generator=generator).to(device, dtype)
     score = torch.rand(grid.size, generator=generator).to(device)
-    memory, reducer = Memory(), VLAPruner()
-    places = torch.arange(grid.size, device=device)
-    for step in (1, 2):
-        looked = torch.rand(grid.size, generator=generator).to(device)
-        remember(memory, looked, places, grid, time_s=step / 10, epoch=0)
+    memory, reducer = two_steps(grid, generator, device), VLAPruner()
     budget = Budget.ratio(retain, of=grid.size)
 
     def select(x: Tensor, score: Tensor) -> tuple[Tensor]:
-        tokens = VisualTokens.full(x, grid, (0.3,) * cameras)
+        tokens = VisualTokens.full(x, grid, (0.0,) * cameras)
         given = {Signal.TEXT_ROWS: score, Signal.INPUT_EMBEDDINGS: x}
         return (reducer.plan(tokens, Signals(given), budget, memory).anchor,)
 

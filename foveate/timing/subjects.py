@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from policies.video.llava_onevision import Adapter as LlavaOnevision
 from policies.video.tiny import render, world
 from policies.vision.siglip import SiglipParts
 from stream.data import PatchGrid
+from stream.memory import Memory
+
+from .past import two_steps
 
 SCENE_FRAMES, MOVING_SHARE = 8, 0.2
 QWEN_SIDE = 28
@@ -63,6 +67,15 @@ class Subject(ABC):
     grid: PatchGrid
     text_model: Any
     head: nn.Module
+
+    @property
+    def pts_s(self) -> tuple[float, ...]:
+        """Time of each frame of the grid."""
+        return tuple(float(t) for t in range(self.grid.frames))
+
+    def memory(self) -> Memory:
+        """What the stream remembers when a request comes."""
+        return Memory()
 
     @property
     def encoder_waits(self) -> bool:
@@ -221,7 +234,22 @@ class VideoSubject(Subject):
         return self._adapter.positions(ids, torch.ones_like(ids), self.grid)
 
 
-class ActionSubject(Subject):
+class StepSubject(Subject):
+    """A control step. The frames of the grid are cameras of one tick; two ticks lie behind it."""
+
+    @property
+    def pts_s(self) -> tuple[float, ...]:
+        return (0.0,) * self.grid.frames
+
+    def memory(self) -> Memory:
+        return Memory(state=dict(self._past.state))
+
+    @cached_property
+    def _past(self) -> Memory:
+        return two_steps(self.grid, torch.Generator().manual_seed(0), self.device)
+
+
+class ActionSubject(StepSubject):
     """One control step of an OpenVLA-shaped policy: two towers, a projector, Llama.
 
     heads: `tokens` decodes each action dimension as a token; `parallel` reads all of a chunk at

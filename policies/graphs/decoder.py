@@ -7,7 +7,7 @@ padding, and what is decoded overwrites it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -67,6 +67,7 @@ class StaticDecoder:
         (float32 [batch, visual]); `anchor` (long, alike) holds the places of those tokens.
     read: how many of the last real places go through `head`.
     bidirectional: the prompt sees itself whole, as parallel action decoding wants it.
+    memory: what the stages remember of each request; a captured graph keeps what it first gave.
 
     After `prefill`, `extend` and every `step`, `token` (long [batch, 1]) holds the greedy next
     token, which `step` takes as its input. All calls belong under `torch.inference_mode`.
@@ -84,12 +85,13 @@ class StaticDecoder:
         watch: Sequence[int] = (),
         read: int = 1,
         bidirectional: bool = False,
+        memory: Callable[[], Memory] = Memory,
     ) -> None:
         self._model: Any = text_model
         self._layers = cast(nn.ModuleList, text_model.layers)
         self._head, self._read, self._causal = head, read, not bidirectional
         self.sections = sections(stages, len(self._layers))
-        self._watch = tuple(watch)
+        self._watch, self._memory = tuple(watch), memory
         watched = {next(s for s in self.sections if i in s.layers) for i in self._watch}
         if len(watched) > 1:
             raise AttachError(f"Layers {list(watch)} hold different tokens; watch one section.")
@@ -304,7 +306,8 @@ class StaticDecoder:
         for i in range(x.shape[0]):
             tokens = VisualTokens(x[i, start:stop], anchor[i], bucket.grid, times)
             given = {signal: value[i, start:stop] for signal, value in signals.items()}
-            plan = reduce_stage(reducer, tokens, Signals(given), Budget(bucket.budget), Memory())
+            budget = Budget(bucket.budget)
+            plan = reduce_stage(reducer, tokens, Signals(given), budget, self._memory())
             left.append(torch.cat([x[i, :start], plan.apply(tokens.x), x[i, stop:]]))
             kept.append(torch.cat([places[:start], start + plan.anchor, places[stop:]]))
             anchors.append(anchor[i][plan.anchor])

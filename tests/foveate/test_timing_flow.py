@@ -10,6 +10,7 @@ import torch
 from foveate.timing import flops, flow_arms, measure, shapes
 from foveate.timing.flow import FlowSubject
 from policies.graphs.capture import GraphPool
+from stream.memory import Memory
 from stream.registry import build_reducer
 
 MODELS = ("tiny-smolvla", "tiny-pi05")
@@ -72,3 +73,21 @@ def test_microseconds_a_token_are_the_slope_between_neighbouring_buckets() -> No
     assert "us_per_token" not in rows[0]
     assert [row["us_per_token"] for row in rows[1:]] == pytest.approx([31.25, 31.25])
     assert measure.slopes_us(rows) == pytest.approx({"graph": 31.25})
+
+
+def test_a_step_remembers_what_two_earlier_ones_looked_at() -> None:
+    one, pool, method = subject("tiny-pi05"), GraphPool("cpu"), build_reducer("vla_pruner")
+    with_past = flow_arms.fixed_arm(one, method, 0.25, 1, pool)
+    one_without = subject("tiny-pi05")
+    one_without.memory = Memory  # type: ignore[method-assign]
+    without = flow_arms.fixed_arm(one_without, method, 0.25, 1, pool)
+    acted = [
+        measure.interleaved([arm], repeats=1, warmup=0, seed=0).answers[arm.key]
+        for arm in (with_past, without)
+    ]
+    assert len(one.memory().state["vla_pruner"].glances) == 2
+    kept = [
+        arm.decoder.anchor[0, : arm.layer_tokens[-1]].sort().values for arm in (with_past, without)
+    ]
+    assert not torch.equal(*kept)
+    assert not torch.allclose(*acted)
