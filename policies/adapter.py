@@ -105,6 +105,10 @@ class VideoAdapter(ABC):
     def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         """Projected and pooled features [n, d] of one video in (t, y, x) order, and their grid."""
 
+    def stock_features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
+        """`features` as transformers computes them: the same values, perhaps later."""
+        return self.features(pixels)
+
     def lean(self, encoder: Encoder) -> Lean | None:
         """What runs in place of the vision tower; None for `exact`, which every family has."""
         if encoder == "exact":

@@ -164,7 +164,7 @@ def lift(plans: list[tuple[Tensor, Plan]], length: int, device: torch.device) ->
     anchors, places, rows, cols, weights = [], [], [], [], []
     first = 0
     for slots, plan in plans:
-        passing[slots] = False
+        passing.index_fill_(0, slots, False)
         row, col, weight = plan.entries()
         anchors.append(slots[plan.anchor])
         places.append(slots[plan.anchor.sort().values])

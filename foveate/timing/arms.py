@@ -149,7 +149,7 @@ class EagerArm(Arm):
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
         subject, prompt = self.subject, self.subject.prompt
         with clock.stage("encode"):
-            parts = [subject.encode(p, self.needs_saliency) for p in pixels]
+            parts = [subject.encode_stock(p, self.needs_saliency) for p in pixels]
         with clock.stage("reduce"):
             x, plans = self._reduced(parts)
         with clock.stage("prefill"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,8 @@ from stream.data import PatchGrid
 from stream.memory import Memory
 
 from .past import two_steps
+
+_Features = Callable[[dict[str, Any]], tuple[Tensor, PatchGrid]]
 
 SCENE_FRAMES, MOVING_SHARE = 8, 0.2
 QWEN_SIDE = 28
@@ -103,6 +105,10 @@ class Subject(ABC):
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         """(features [n, d],) of one request, and float32 [n] received attention if asked for."""
 
+    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        """The same in transformers' own way, where ours is another."""
+        return self.encode(pixels, saliency)
+
     @property
     def tower(self) -> nn.Module | None:
         """The SigLIP tower whose hidden states `finished` takes, where there is one."""
@@ -181,11 +187,17 @@ class VideoSubject(Subject):
         return {"pixels": pixels, "thw": torch.tensor([[times, QWEN_SIDE, QWEN_SIDE]])}
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        return self._encoded(self._adapter.features, pixels, saliency)
+
+    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        return self._encoded(self._adapter.stock_features, pixels, saliency)
+
+    def _encoded(self, features: _Features, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         if not saliency:
-            return (self._adapter.features(self._inputs(pixels))[0],)
+            return (features(self._inputs(pixels))[0],)
         tap = SaliencyTap()
         with self._adapter.saliency(tap):
-            x, grid = self._adapter.features(self._inputs(pixels))
+            x, grid = features(self._inputs(pixels))
         return x, self._adapter.pooled_saliency(tap.take(), [grid])[0]
 
     @property

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from stream.data import Frame, PatchGrid
 from stream.errors import AttachError
-from stream.ops.grids import pool_map
+from stream.ops.grids import pool_features, pool_map
 from stream.signals import Signal
 
 from ..adapter import VideoAdapter, VideoPlace
+from ..vision.layout import row_after_row
 from ..vision.lean import Encoder, Lean, lean_tower
 
 
@@ -82,6 +83,10 @@ class Adapter(VideoAdapter):
         return {"pixel_values": pixels}
 
     def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
+        with row_after_row(self.model.model, self._side, self._pooled_side):
+            return self.stock_features(pixels)
+
+    def stock_features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         values = pixels["pixel_values"].to(self.model.device, self.model.dtype)
         config = self.model.config
         output = self.model.model.get_video_features(
@@ -106,9 +111,9 @@ class Adapter(VideoAdapter):
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Hidden states of the vision tower [f, patches, d] -> features as `features` gives."""
-        model = self.model.model
-        pooled: Tensor = model.apply_pooling(model.multi_modal_projector(hidden))
-        return pooled.flatten(0, 1)
+        x = self.model.model.multi_modal_projector(hidden)
+        side, pooled = self._side, self._pooled_side
+        return pool_features(x, side, side, pooled, pooled).flatten(0, 1)
 
     def placeholder(self) -> int:
         return int(self.model.config.video_token_id)

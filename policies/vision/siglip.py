@@ -25,9 +25,9 @@ class SiglipParts:
         self.patches = int(self._embed.num_patches)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """[f, 3, h, w] -> [f, p, d]."""
+        """[f, 3, h, w] -> [f, p, d], row after row in memory."""
         embedded: Tensor = self._embed(pixels)
-        return embedded
+        return embedded.contiguous()
 
     def heads(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., heads, n, d / heads] of x [..., n, d]."""

@@ -22,6 +22,16 @@ def pool_map(score: Tensor, rows: int, cols: int, out_rows: int, out_cols: int) 
     return F.interpolate(grid, size=(out_rows, out_cols), mode="bilinear").flatten(1)
 
 
+def pool_features(x: Tensor, rows: int, cols: int, out_rows: int, out_cols: int) -> Tensor:
+    """Bilinear pooling of features: [t, rows*cols, d] -> [t, out_rows*out_cols, d].
+
+    LLaVA-OneVision's operator on channels that stay side by side, which gives the same values.
+    """
+    grid = x.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
+    pooled = F.interpolate(grid, size=(out_rows, out_cols), mode="bilinear")
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 def newline_slots(anchor: Tensor, grid: PatchGrid, layout: NewlineLayout) -> Tensor:
     """Where newline embeddings go among the tokens of a reduced video, long [m], ascending.
 
@@ -43,8 +53,7 @@ def insert_rows(x: Tensor, slots: Tensor, row: Tensor) -> Tensor:
     m, k = slots.numel(), x.shape[0]
     at = slots + torch.arange(m, device=slots.device)
     out = x.new_empty(k + m, x.shape[1])
-    old = torch.ones(k + m, dtype=torch.bool, device=x.device)
-    old[at] = False
+    old = torch.ones(k + m, dtype=torch.bool, device=x.device).index_fill_(0, at, False)
     out[old] = x
     out[at] = row
     return out

@@ -50,8 +50,7 @@ def fold(x: Tensor, kept: Tensor) -> Plan:
     n, k = x.shape[0], kept.numel()
     if k in (0, n):
         return Plan.keep(kept, n)
-    gone = torch.ones(n, dtype=torch.bool, device=x.device)
-    gone[kept] = False
+    gone = torch.ones(n, dtype=torch.bool, device=x.device).index_fill_(0, kept, False)
     source = picks.places(gone, n - k)
     slot = similarity.cosine(x[source].float(), x[kept].float()).argmax(-1)
     given, own = merges.halving_weights(slot, k)
