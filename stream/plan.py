@@ -58,7 +58,7 @@ class Plan:
 
     @staticmethod
     def _check_range(name: str, index: Tensor, limit: int) -> None:
-        low, high = int(index.min()), int(index.max())
+        low, high = (int(end) for end in index.aminmax())
         if low < 0 or high >= limit:
             raise ValueShapeError(f"Plan.{name} spans {low}..{high}; allowed is 0..{limit - 1}.")
 
@@ -113,19 +113,13 @@ class Plan:
         return torch.searchsorted(row, torch.arange(self.k, device=row.device))
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [n, d] -> [k, d]; the only place where tensors shrink.
-
-        Merged rows are weighted sums accumulated by `embedding_bag`, which reads each input row
-        once and needs no n x d temporary.
-        """
+        """x [n, d] -> [k, d]; the only place where tensors shrink."""
         if x.ndim != 2 or x.shape[0] != self.n:
             raise ValueShapeError(f"Plan of {self.n} inputs applied to {tuple(x.shape)}.")
         if self.is_gather:
             return x.index_select(0, self.anchor)
         _, col, weight = self.entries()
-        return F.embedding_bag(
-            col, x, self._row_start(), mode="sum", per_sample_weights=weight.to(x.dtype)
-        )
+        return weighted_sums(x, col, self._row_start(), weight)
 
     def __matmul__(self, earlier: Plan) -> Plan:
         """self after `earlier`, as one plan over the inputs of `earlier`."""
@@ -222,3 +216,12 @@ class Plan:
     def __repr__(self) -> str:
         kind = "gather" if self.is_gather else f"merge, {self.entries()[0].numel()} entries"
         return f"Plan({self.n} -> {self.k}, {kind})"
+
+
+def weighted_sums(x: Tensor, col: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    """Rows of which each sums `weight[e] * x[col[e]]` from its entry `start` on up to the next's.
+
+    x: [n, d]; col, weight: [e]; start: long [k], ascending. Returns [k, d]. `embedding_bag` reads
+    each input row once and needs no n x d temporary.
+    """
+    return F.embedding_bag(col, x, start, mode="sum", per_sample_weights=weight.to(x.dtype))

@@ -16,13 +16,9 @@ from ..data import PatchGrid, Segment
 from ..ops import clusters, grids, merges, picks, similarity
 from ..plan import Plan
 from ..reducers import inner_merge
-from ..reducers.holitom import (
-    HoliTom,
-    Windows,
-    corrected_ratio,
-    published_counts,
-)
+from ..reducers.holitom import HoliTom
 from ..segmenters import static_windows
+from ..segmenters.static_layout import Windows, corrected_ratio, published_counts
 from .cases import Arrays, Case, differs, fitting, tensor
 
 RATIO_ATOL = 1e-12
@@ -80,12 +76,11 @@ def _check_assignment(case: Arrays) -> str:
     n = x.shape[1]
     centre = torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, centre_index, True)
     owner = clusters.assign(tensor(case["dist"]), centre)
-    member = torch.ones(n, dtype=torch.bool)
     rules: tuple[merges.MergeRule, ...] = ("beta", "mean")
     for rule in rules:
         rows = []
         for item, lead, target in zip(x, owner, centre_index, strict=True):
-            weight = merges.cluster_weights(lead, member, rule, 0.6)
+            weight = merges.cluster_weights(lead, rule, 0.6)
             slot = torch.empty(n, dtype=torch.long)
             slot[target] = torch.arange(target.numel())
             rows.append(Plan.merge(target, slot[lead], torch.arange(n), weight, n).apply(item))
@@ -160,11 +155,12 @@ def _check_split(case: Arrays) -> str:
     links = (tensor(case["sim"]) > float(case["tau"])).numpy()
     windows = Windows.of(links, segments)
     mean, still = temporal_mean(windows, PatchGrid(frames, 1, patches))
-    dynamic = (~windows.static).nonzero()[:, 1]
+    dynamic = tensor((~windows.static).nonzero()[1])
+    n_static = tensor(windows.n_static)
     rows = mean.apply(x.reshape(-1, width))[still]
     return (
-        differs("static counts", windows.n_static, case["n_static"])
-        or differs("dynamic counts", patches - windows.n_static, case["n_dynamic"])
+        differs("static counts", n_static, case["n_static"])
+        or differs("dynamic counts", patches - n_static, case["n_dynamic"])
         or differs("static positions", mean.anchor[still] % patches, case["static_pos"])
         or differs("dynamic positions", dynamic, case["dynamic_pos"])
         or differs("static means", rows, case["static_feat"], **VALUE_TOL)
@@ -251,9 +247,9 @@ def _check_pipeline(
         differs("segments", _inclusive(segments), case["segments"])
         or ("" if saved == scalars["total_reduced"] else f"saved tokens {saved}")
         or ("" if abs(ratio - scalars["corrected_ratio"]) <= RATIO_ATOL else f"ratio {ratio}")
-        or differs("static patches", windows.n_static, case["n_static_patches"])
-        or differs("static tokens", static_count, case["n_static_tokens"])
-        or differs("dynamic tokens", dynamic_count[windows.start], case["n_dynamic_tokens"])
+        or differs("static patches", tensor(windows.n_static), case["n_static_patches"])
+        or differs("static tokens", tensor(static_count), case["n_static_tokens"])
+        or differs("dynamic tokens", tensor(dynamic_count[windows.start]), case["n_dynamic_tokens"])
     )
     if why:
         return Case(name, "failed", why)
@@ -267,8 +263,8 @@ def _check_pipeline(
     )
     grid = PatchGrid(frames, 1, patches)
     plan = method.assemble(flat, grid, saliency, windows, static_count, dynamic_count)
-    dynamic_count_of = torch.bincount(windows.segment, weights=dynamic_count.double()).long()
-    why = _positions_differ(plan, patches, static_count, dynamic_count_of, case)
+    of_segment = np.add.reduceat(dynamic_count, windows.start)
+    why = _positions_differ(plan, patches, tensor(static_count), tensor(of_segment), case)
     if why:
         return Case(name, "failed", why)
     if not all(bool((case[flag] == 1).all()) for flag in ("sta_stable", "dyn_stable")):
@@ -322,11 +318,10 @@ def temporal_mean(windows: Windows, grid: PatchGrid) -> tuple[Plan, Tensor]:
     Returns the plan, rows ascending by anchor (a static patch is anchored in its window's first
     frame), and bool [rows], which rows are static.
     """
-    device = windows.start.device
-    token = torch.arange(grid.size, device=device)
-    still = windows.static[windows.segment].view(-1)
-    segment = windows.segment.repeat_interleave(grid.per_frame)
-    first = windows.start[segment] * grid.per_frame + token % grid.per_frame
+    token = torch.arange(grid.size)
+    still = torch.from_numpy(windows.static[windows.segment]).view(-1)
+    start = tensor(windows.start[windows.segment]).repeat_interleave(grid.per_frame)
+    first = start * grid.per_frame + token % grid.per_frame
     anchor, row = torch.unique(torch.where(still, first, token), return_inverse=True)
     length = torch.bincount(row)
     return Plan.merge(anchor, row, token, 1.0 / length[row], grid.size), still[anchor]

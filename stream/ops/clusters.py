@@ -7,30 +7,34 @@ from torch import Tensor
 
 
 def density_peak_score(
-    distance: Tensor, neighbours: Tensor, valid: Tensor | None = None, noise: Tensor | None = None
+    distance: Tensor,
+    neighbours: Tensor,
+    valid: Tensor | None = None,
+    noise: Tensor | None = None,
+    most: int | None = None,
 ) -> Tensor:
     """rho * delta of every point, float32 [b, n]; -inf outside `valid`.
 
     rho = exp(-mean squared distance to the `neighbours` nearest points, itself included);
     delta = distance to the nearest denser point, or the largest distance where none is denser.
 
-    distance: [b, n, n]; neighbours: long [b], on the host; valid: bool [b, n]; noise: [b, n] added
-    to rho.
+    distance: [b, n, n]; neighbours: long [b]; valid: bool [b, n]; noise: [b, n] added to rho.
+    most: the largest of `neighbours`; without it the device is asked.
     Source: HoliTom (arXiv 2505.21334), clustering of static tokens.
     """
     n = distance.shape[-1]
     if valid is None:
         valid = torch.ones(distance.shape[:2], dtype=torch.bool, device=distance.device)
+    if most is None:
+        most = int(neighbours.max())
     pair = valid[:, :, None] & valid[:, None, :]
-    nearest_count = min(int(neighbours.max()), n) if neighbours.numel() else 0
-    near = distance.masked_fill(~pair, torch.inf).topk(nearest_count, -1, largest=False).values
-    rank = torch.arange(nearest_count, device=distance.device)
-    neighbours = neighbours.to(distance.device, non_blocking=True)
-    near2 = torch.where(rank < neighbours[:, None, None], near, 0.0).square()
-    rho = torch.exp(-near2.sum(-1) / neighbours[:, None])
+    apart = ~pair
+    near = distance.masked_fill(apart, torch.inf).topk(min(most, n), -1, largest=False).values
+    beyond = torch.arange(near.shape[-1], device=distance.device) >= neighbours[:, None, None]
+    rho = torch.exp(-near.masked_fill_(beyond, 0.0).square_().sum(-1) / neighbours[:, None])
     if noise is not None:
         rho = rho + noise
-    largest = distance.masked_fill(~pair, 0.0).amax((-2, -1))[:, None, None]
+    largest = distance.masked_fill(apart, 0.0).amax((-2, -1))[:, None, None]
     denser = (rho[:, None, :] > rho[:, :, None]) & pair
     delta = torch.where(denser, distance, largest).amin(-1)
     return (rho * delta).masked_fill(~valid, -torch.inf)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import BudgetError
@@ -15,23 +18,22 @@ def evenly(total: int, groups: int) -> Tensor:
     return edge.diff()
 
 
-def allocate(weight: Tensor, cap: Tensor, total: int) -> Tensor:
+def allocate(weight: NDArray[Any], cap: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     """Share `total` units over groups by weight, never above a group's cap, exactly.
 
     Each round gives every open group the floor of its share and then single units by largest
     remainder (ties by index); what a cap cuts off is shared again among the others.
 
-    weight: float [g], not negative; cap: long [g]; both on the host. Returns long [g] that sums to
-    `total`.
+    weight: float [g], not negative; cap: long [g]. Returns long [g] that sums to `total`.
     Raises BudgetError if the caps hold less than `total`.
     """
-    room = cap.numpy().copy()
+    room = cap.copy()
     if int(room.sum()) < total:
         raise BudgetError(
             f"{total} tokens cannot be shared over groups that hold {int(room.sum())}; "
             "lower the budget."
         )
-    heavy = weight.double().numpy()
+    heavy = weight.astype(np.float64)
     left = total
     while left > 0:
         open_weight = np.where(room > 0, heavy, 0.0)
@@ -45,4 +47,4 @@ def allocate(weight: Tensor, cap: Tensor, total: int) -> Tensor:
         step[lucky] += 1
         room -= step
         left -= int(step.sum())
-    return cap - torch.from_numpy(room)
+    return cap - room

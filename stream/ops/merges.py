@@ -10,21 +10,20 @@ from torch import Tensor
 MergeRule = Literal["beta", "mean"]
 
 
-def cluster_weights(owner: Tensor, member: Tensor, rule: MergeRule, beta: float) -> Tensor:
-    """Weight of every token in its cluster, float32 [n]; tokens that are no member count nowhere.
+def cluster_weights(owner: Tensor, rule: MergeRule, beta: float) -> Tensor:
+    """Weight of every token in its cluster, float32 [n].
 
     beta: the centre gives `beta`, the others share 1 - beta; a centre alone gives 1.
     mean: centre and others give equal shares.
 
-    owner: long [n], the index of each token's centre; a centre owns itself. member: bool [n].
+    owner: long [n], the index of each token's centre; a centre owns itself.
     """
-    owner = torch.where(member, owner, 0)
-    size = torch.zeros_like(owner).index_add_(0, owner, member.long())[owner]
+    size = torch.zeros_like(owner).index_add_(0, owner, torch.ones_like(owner))[owner]
     if rule == "mean":
-        return (1.0 / size).float()
+        return size.reciprocal()
     is_centre = owner == torch.arange(owner.numel(), device=owner.device)
-    other = (1.0 - beta) / (size - 1).clamp_min(1)
-    return torch.where(size == 1, 1.0, torch.where(is_centre, beta, other)).float()
+    other = (1.0 - beta) / (size - 1).clamp_min_(1)
+    return other.masked_fill_(is_centre, beta).masked_fill_(size == 1, 1.0)
 
 
 def halving_weights(slot: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,16 @@ def top_mask(score: Tensor, k: Tensor) -> Tensor:
     return rank < k[:, None]
 
 
+def top_places(score: Tensor, pick: Tensor, base: Tensor) -> Tensor:
+    """Chosen ranks of each row, of equal scores the lower index first: base + index, ascending.
+
+    score: [r, n]; pick: long [k], places in the rows sorted by falling score and laid end to end;
+    base: long [k]. Unlike `top_mask` and `places` it needs no mask of all n.
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return (order.view(-1)[pick] + base).sort().values
+
+
 def places(mask: Tensor, count: int) -> Tensor:
     """Ascending indices where `mask` (bool [n]) is true, long [count].
 

@@ -13,7 +13,8 @@ def adjacent_cosine(x: Tensor) -> Tensor:
     products are contracted without an n x c temporary.
     """
     x = x.float()
-    dot = torch.einsum("tpc,tpc->tp", x[:-1], x[1:])
+    t, p, c = x.shape
+    dot = torch.bmm(x[:-1].reshape(-1, 1, c), x[1:].reshape(-1, c, 1)).view(t - 1, p)
     norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8)
     return dot / (norm[:-1] * norm[1:])
 

@@ -14,9 +14,10 @@ import torch
 from stream.data import Budget, PatchGrid, VisualTokens
 from stream.memory import Memory
 from stream.ops import picks
-from stream.reducers.holitom import HoliTom, exact_counts, published_counts, split_to_fit
+from stream.reducers.holitom import HoliTom
 from stream.registry import build_reducer
 from stream.segmenters import static_windows
+from stream.segmenters.static_layout import exact_counts, published_counts, split_to_fit
 from stream.signals import Signal, Signals
 
 GRID = PatchGrid(8, 7, 7)

@@ -21,15 +21,11 @@ from stream.memory import Memory
 from stream.ops import similarity
 from stream.plan import Plan
 from stream.reducers.base import Reducer, reduce_stage
-from stream.reducers.holitom import (
-    HoliTom,
-    Windows,
-    corrected_ratio,
-    published_counts,
-)
+from stream.reducers.holitom import HoliTom
 from stream.reducers.inner_merge import InnerMerge, fold
 from stream.registry import build_reducer, reducer_class, reducer_names
 from stream.segmenters import static_windows
+from stream.segmenters.static_layout import Windows, corrected_ratio, published_counts
 from stream.signals import Signal, Signals
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -464,7 +460,7 @@ def test_published_order_puts_static_tokens_first_in_each_segment() -> None:
     plan = planned(how, tokens, saliency, 25)
     links, segments = how.segments(tokens)
     windows = Windows.of(links, segments)
-    frame, patch = plan.anchor // 9, plan.anchor % 9
+    frame, patch = (plan.anchor // 9).numpy(), (plan.anchor % 9).numpy()
     segment = windows.segment[frame]
     still = windows.static[segment, patch]
     keys = list(zip(segment.tolist(), (~still).tolist(), (frame * ~still).tolist(), strict=True))
