@@ -1,8 +1,8 @@
 """A decoder model in fixed shapes: prefill, more text behind a prefix, and decode steps.
 
-The layers are the model's own, called one by one with explicit rotary tables, masks and a static
-cache. Text behind the video is padded on the right: under a causal mask nothing real sees the
-padding, and what is decoded overwrites it.
+The layers are the model's own, in fewer kernels where their type is known (`layer`), called one
+by one with explicit rotary tables, masks and a static cache. Text behind the video is padded on the
+right: under a causal mask nothing real sees the padding, and what is decoded overwrites it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .attention import NAME, register
 from .buckets import Bucket, Section, sections
 from .cache import StaticCache
 from .capture import GraphPool, Program
+from .layer import lean
 
 ALIGN = 64
 """Key widths are multiples of this, as masked attention kernels want them."""
@@ -89,6 +90,7 @@ class StaticDecoder:
     ) -> None:
         self._model: Any = text_model
         self._layers = cast(nn.ModuleList, text_model.layers)
+        self._lean = [lean(layer) for layer in self._layers]
         self._head, self._read, self._causal = head, read, not bidirectional
         self.sections = sections(stages, len(self._layers))
         self._watch, self._memory = tuple(watch), memory
@@ -275,7 +277,7 @@ class StaticDecoder:
         self, section: Section, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None
     ) -> Tensor:
         for index in section.layers:
-            x = self._layers[index](
+            x = self._lean[index](
                 x,
                 attention_mask=mask,
                 position_embeddings=rotary,

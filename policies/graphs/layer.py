@@ -1,0 +1,126 @@
+"""A decoder layer of Llama's shape in half as many kernels, with the layer's own weights.
+
+A decode step launches kernels that are far shorter than the pauses between them, so what counts
+is their number: a norm is one, the rotation of queries and keys is one, the gate of the MLP is one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
+_SILU = type(ACT2FN["silu"])
+
+
+def lean(layer: nn.Module) -> Callable[..., Tensor]:
+    """`layer`, or the same with fewer kernels where its type is known: one call fits both."""
+    known = type(layer) in KNOWN and getattr(layer.self_attn, "sliding_window", None) is None
+    return LeanLayer(layer) if known else layer
+
+
+class LeanLayer:
+    """Says what `layer`, one of KNOWN, says, up to rounding; bfloat16 is rounded less often.
+
+    Projections are called as modules and attention through the function that the model is set to,
+    as transformers does. Hooks on the layer, its norms, its attention or its MLP do not run.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        fused = _compiled() if layer.input_layernorm.weight.is_cuda else None
+        self._rotate = fused.rotate if fused else rotate
+        self._gate = fused.silu_gate if fused and type(layer.mlp.act_fn) is _SILU else self._gated
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, ...],
+        past_key_values: Any,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """x [b, n, d] -> [b, n, d]; position_embeddings: cos and sin, [b or 1, n, head] or, with
+        several axes of positions, [axes, b, n, head]."""
+        layer, mlp = self._layer, self._layer.mlp
+        tables = position_embeddings
+        if tables[0].ndim == 4:
+            axes = layer.self_attn.config.rope_parameters["mrope_section"]
+            tables = tuple(one_axis(table, axes) for table in tables)
+        normed = _norm(layer.input_layernorm, x)
+        x = x + self._attend(normed, attention_mask, tables, past_key_values)
+        normed = _norm(layer.post_attention_layernorm, x)
+        said: Tensor = x + mlp.down_proj(self._gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        return said
+
+    def _attend(
+        self, x: Tensor, mask: Tensor | None, tables: tuple[Tensor, ...], store: Any
+    ) -> Tensor:
+        own = self._layer.self_attn
+        heads = (*x.shape[:2], -1, own.head_dim)
+        query, key = self._rotate(own.q_proj(x).view(heads), own.k_proj(x).view(heads), *tables)
+        value = own.v_proj(x).view(heads).transpose(1, 2)
+        keys, values = store.update(key.transpose(1, 2), value, own.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
+        out, _ = attention(own, query.transpose(1, 2), keys, values, mask, scaling=own.scaling)
+        mixed: Tensor = own.o_proj(out.reshape(*x.shape[:2], -1))
+        return mixed
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        gated: Tensor = self._layer.mlp.act_fn(gate) * up
+        return gated
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions of query [b, n, h, d] and key [b, n, h_kv, d]; cos, sin [b or 1, n, d].
+
+    Channel i is turned with channel i + d / 2.
+    """
+    both = torch.cat([query, key], 2)
+    first, second = both.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    both = torch.addcmul(both * cos[:, :, None], turned, sin[:, :, None])
+    rotated_query, rotated_key = both.split([query.shape[2], key.shape[2]], 2)
+    return rotated_query, rotated_key
+
+
+def one_axis(table: Tensor, axes: list[int]) -> Tensor:
+    """[axes, b, n, d] -> [b, n, d]: of each half of d, axis i gives the next axes[i] channels."""
+    parts = table.split(axes * 2, -1)
+    return torch.cat([part[i % len(axes)] for i, part in enumerate(parts)], -1)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """`layer_cuda`, once it has run; None, after a warning, where Triton cannot build it."""
+    try:
+        from . import layer_cuda
+
+        x = torch.zeros(1, 1, 2, 4, device="cuda")
+        layer_cuda.rotate(x, x, x[:, :, 0], x[:, :, 0])
+        layer_cuda.silu_gate(x, x)
+    except Exception as error:  # no Triton, no C compiler, no folder to write to: all are bearable
+        warnings.warn(
+            "Decoder layers rotate and gate in several kernels, since the fused ones cannot be "
+            f"built: {error}",
+            stacklevel=2,
+        )
+        return None
+    return layer_cuda
