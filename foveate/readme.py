@@ -15,6 +15,7 @@ from .commands.methods import markdown_table, rows
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+BASELINES = ("random_keep", "uniform", "uniform_frames")
 QUALITY = ROOT / "policies" / "checkpoints" / "tiny_video" / "quality.json"
 
 
@@ -30,34 +31,54 @@ def rendered(text: str) -> str:
 
 
 def quality_markdown(path: Path) -> str:
-    """The tables of stored `bench quality` results, one a training seed."""
+    """Tables of stored `bench quality` results: accuracy by run, and HoliTom against baselines."""
     if not path.exists():
         return "Not measured yet."
-    return "\n\n".join(_one_run(run) for run in json.loads(path.read_text())["runs"])
+    runs = json.loads(path.read_text())["runs"]
+    return "\n\n".join([*map(_head, runs), _accuracy(runs), _duels(runs)])
 
 
-def _one_run(run: dict[str, Any]) -> str:
-    config, found = run["config"], run["rows"]
-    head = (
+def _head(run: dict[str, Any]) -> str:
+    config = run["config"]
+    return (
         f"**{run['title']}**: {config['videos']} {config['split']} videos, "
-        f"n = {found[0]['n']}, {config['frames']} frames, positions `{config['positions']}`, "
-        f"seed {config['seed']}, {run['machine']}."
+        f"n = {run['rows'][0]['n']}, {config['frames']} frames, positions "
+        f"`{config['positions']}`, seed {config['seed']}, {config['dtype']}, {run['machine']}."
     )
-    columns = ("method", "retain", "accuracy %", "of full %", "minus full (95 %)", "tokens", "mean")
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    for row in found:
-        gap = f"{row['minus_full']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-        cells = (
-            row["method"],
-            f"{row['retain']:g}",
-            f"{row['accuracy']:.1f}",
-            f"{row['relative']:.1f}",
-            gap,
-            f"{row['tokens']:.0f}",
-            f"{row['layer_tokens']:.0f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return head + "\n\n" + "\n".join(lines)
+
+
+def _accuracy(runs: list[dict[str, Any]]) -> str:
+    found = [{(r["method"], r["retain"]): r for r in run["rows"]} for run in runs]
+    columns = ["method", "retain", "tokens", "mean"]
+    columns += [f"{run['title']}: % (of full)" for run in runs]
+    lines = []
+    for key, row in found[0].items():
+        cells = [key[0], f"{key[1]:g}", f"{row['tokens']:.0f}", f"{row['layer_tokens']:.0f}"]
+        for run in found:
+            mine = run.get(key)
+            cells.append(f"{mine['accuracy']:.1f} ({mine['relative']:.1f})" if mine else "-")
+        lines.append(cells)
+    return _table(columns, lines)
+
+
+def _duels(runs: list[dict[str, Any]]) -> str:
+    """HoliTom minus each baseline at equal tokens, with paired intervals."""
+    found = [{(d["retain"], d["other"]): d for d in run["holitom_minus"]} for run in runs]
+    lines = []
+    for key in found[0]:
+        if key[1] in BASELINES:
+            gaps = [_gap(run[key]) if key in run else "-" for run in found]
+            lines.append([f"{key[0]:g}", key[1], *gaps])
+    return _table(["retain", "HoliTom minus", *(run["title"] for run in runs)], lines)
+
+
+def _gap(duel: dict[str, Any]) -> str:
+    return f"{duel['points']:+.1f} [{duel['low']:+.1f}, {duel['high']:+.1f}]"
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *lines))
 
 
 def publish(results: Path, title: str) -> None:

@@ -22,7 +22,7 @@ from ..ops import picks, spread
 from ..ops.history import LONGEST, AttentionHistory
 from ..plan import Plan
 from ..signals import Signal, Signals
-from .base import Reducer, Site
+from .base import BatchReducer, Site
 
 Semantic = Literal["last", "prefill", "text"]
 
@@ -85,7 +85,7 @@ class _NeedsOfSettings:
         return frozenset({score} if settings.layer is None else {score, Signal.INPUT_EMBEDDINGS})
 
 
-class VLAPruner(Reducer):
+class VLAPruner(BatchReducer):
     """Union of the prompt's and the past actions' top tokens, thinned to the most diverse.
 
     mode:
@@ -138,9 +138,6 @@ class VLAPruner(Reducer):
             one = round(15 / 31 * (depth - 1))
             return range(one, one + 1)
         return range(depth // 2, depth)
-
-    def plan(self, tokens: VisualTokens, signals: Signals, budget: Budget, memory: Memory) -> Plan:
-        return self.plan_batch([tokens], [signals], budget, [memory])[0]
 
     def plan_batch(
         self,
