@@ -62,6 +62,12 @@ def drive(
             "settings": settings.model_dump(mode="json"),
         }
         err.print(f"times: {timing.clock.label} ({timing.note})", highlight=False)
+        lasts_ms = policy.spec.execute * world.spec.dt_s * 1e3
+        if settings.mode == "realtime" and budget_ms > lasts_ms:
+            err.print(
+                f"A chunk lasts {lasts_ms:.0f} ms. A budget of {budget_ms:g} ms lets the robot stand while it "
+                "thinks; where the world moves, fewer tokens in less time often solve more."
+            )
         episode = Episode(
             world,
             policy,

@@ -113,6 +113,13 @@ def test_tables_are_printed() -> None:
         assert expected in result.stdout
 
 
+@pytest.mark.parametrize(("budget_ms", "told"), [("80", False), ("5000", True)])
+def test_a_budget_beyond_a_chunk_is_told(budget_ms: str, told: bool) -> None:
+    result = runner.invoke(app, ["drive", "toy", "--time", "ms:60", "--budget-ms", budget_ms])
+    assert result.exit_code == 0
+    assert ("lets the robot stand" in " ".join(result.stderr.split())) == told
+
+
 def test_a_neighbour_comes_and_goes() -> None:
     found = run("--budget-ms", "200", "--disturb", "12")
     assert found["disturbed"]["switched_every"] == 12
