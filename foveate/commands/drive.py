@@ -65,8 +65,8 @@ def drive(
         lasts_ms = policy.spec.execute * world.spec.dt_s * 1e3
         if settings.mode == "realtime" and budget_ms > lasts_ms:
             err.print(
-                f"A chunk lasts {lasts_ms:.0f} ms. A budget of {budget_ms:g} ms lets the robot stand "
-                "while it thinks; where the world moves, fewer tokens in less time often solve more."
+                f"A chunk lasts {lasts_ms:.0f} ms: a budget of {budget_ms:g} ms lets the robot "
+                "stand while it thinks. In a moving world fewer tokens often solve more."
             )
         episode = Episode(
             world,
