@@ -63,7 +63,7 @@ def drive(
         }
         err.print(f"times: {timing.clock.label} ({timing.note})", highlight=False)
         lasts_ms = policy.spec.execute * world.spec.dt_s * 1e3
-        if settings.mode == "realtime" and budget_ms > lasts_ms:
+        if budget_ms is not None and budget_ms > lasts_ms and settings.mode == "realtime":
             err.print(
                 f"A chunk lasts {lasts_ms:.0f} ms: a budget of {budget_ms:g} ms lets the robot "
                 "stand while it thinks. In a moving world fewer tokens often solve more."
