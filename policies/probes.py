@@ -50,8 +50,11 @@ class Attention:
         total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
         blocks = zip(rows.split(_QUERY_BLOCK, 1), taken.split(_QUERY_BLOCK, 1), strict=True)
         for block, counts in blocks:
-            share = self._logits(block, key).softmax(-1)
-            total += torch.where(counts[:, None, :, None], share, 0.0).sum((1, 2))
+            logits = self._logits(block, key)
+            highest = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+            seen = logits.sub_(highest).exp_()
+            weight = torch.where(counts[:, None], seen.sum(-1).reciprocal_(), 0.0)
+            total += (weight[:, :, None] @ seen)[:, :, 0].sum(1)
         return total / (self.query.shape[1] * taken.sum(-1, keepdim=True).clamp_min(1))
 
     def received_from_all(self) -> Tensor:
