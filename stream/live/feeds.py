@@ -15,6 +15,7 @@ from stream.sources.live_address import parse_address
 from stream.sources.live_values import End, Gap, LiveFrame, LiveSettings, Silence
 
 from .gate import FrameClock
+from .polled import PolledFeed, is_polled, open_camera
 
 MOST_AT_ONCE = 16
 """Frames taken from one feed in one turn, so that no feed starves the others."""
@@ -101,12 +102,16 @@ def open_feed(address: str, fps: float | None, settings: LiveSettings | None = N
 
     Raises SourceError for what can never be opened.
     """
+    if is_polled(address):
+        return PolledFeed(address, fps, settings)
     return LiveFeed(address, fps, settings) if is_live(address) else FileFeed(address, fps)
 
 
 def check_address(address: str) -> None:
     """Raise SourceError for what `open_feed` would refuse, without keeping it open."""
-    if is_live(address):
+    if is_polled(address):
+        open_camera(address).close()
+    elif is_live(address):
         parse_address(address)
     else:
         open_source(address).close()
