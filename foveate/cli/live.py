@@ -16,7 +16,10 @@ from .options import ConfigFile, Device, Json, Method, Model, Override, Runner, 
 def watch(
     source: Annotated[
         list[str],
-        typer.Argument(help="rtsp://, http://, camera:0, lavfi:..., a file; or NAME=one of them."),
+        typer.Argument(
+            help="rtsp://, http://, camera:0, lerobot:camera.yaml, sim:metaworld:push, lavfi:..., "
+            "a file; or NAME=one of them."
+        ),
     ],
     ask: Annotated[list[str] | None, typer.Option(help="Asked again and again.")] = None,
     standing: Annotated[
