@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -96,8 +96,9 @@ class Row:
     """A cell in numbers.
 
     low, high: Wilson's 95 % interval of the success. missed: share of the inferences, None without
-    deadlines. won, lost: episodes that this cell solved and the baseline did not, and the other
-    way round, among the `pairs` both played; p: McNemar's exact test, two-sided.
+    deadlines. against: the site of the baseline that was compared with, its own if that played.
+    won, lost: episodes that this cell solved and the baseline did not, and the other way round,
+    among the `pairs` both played; p: McNemar's exact test, two-sided.
     """
 
     cell: Cell
@@ -109,6 +110,7 @@ class Row:
     steps: float
     tokens: float
     missed: float | None
+    against: str | None = None
     pairs: int = 0
     won: int = 0
     lost: int = 0
@@ -149,7 +151,8 @@ def rows_of(outcomes: Sequence[Outcome], baseline: str | None = None) -> list[Ro
     rows = []
     for cell in sorted(cells, key=_order):
         other = _partner(cell, list(cells), baseline) if baseline else None
-        rows.append(_row(cell, cells[cell], cells[other] if other else None))
+        row = _row(cell, cells[cell], cells[other] if other else None)
+        rows.append(replace(row, against=other.site) if other else row)
     return rows
 
 
@@ -178,8 +181,7 @@ def _row(
     won = sum(played[key].success and not base[key].success for key in both)
     lost = sum(base[key].success and not played[key].success for key in both)
     p = mcnemar(won, lost) if both else None
-    numbers = {name: getattr(row, name) for name in Row.__slots__}
-    return Row(**numbers | {"pairs": len(both), "won": won, "lost": lost, "p": p})
+    return replace(row, pairs=len(both), won=won, lost=lost, p=p)
 
 
 def _partner(cell: Cell, cells: Sequence[Cell], baseline: str) -> Cell | None:

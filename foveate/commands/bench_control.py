@@ -97,7 +97,7 @@ def table_of(
     if timed:
         columns = ["budget ms", *columns, "missed %"]
     if baseline:
-        columns += ["won", "lost", "p"]
+        columns += ["against", "won", "lost", "p"]
     cells = []
     for row in rows:
         cell = row.cell
@@ -115,7 +115,8 @@ def table_of(
             missed = "-" if row.missed is None else f"{100 * row.missed:.1f}"
             line = [f"{cell.budget_ms:g}", *line, missed]
         if baseline:
-            line += ["", "", ""] if row.p is None else [row.won, row.lost, f"{row.p:.2g}"]
+            compared = row.p is not None
+            line += [row.against, row.won, row.lost, f"{row.p:.2g}"] if compared else [""] * 4
         cells.append(line)
     tasks = sorted({o.task for o in outcomes if o.mode == mode})
     seeds = sorted({o.seed for o in outcomes if o.mode == mode})

@@ -72,6 +72,18 @@ def test_a_baseline_at_its_share_or_at_the_same() -> None:
         rows_of(played, "c")
 
 
+def test_the_site_compared_with_is_said() -> None:
+    played = [outcome("b", 0, True, site=site) for site in ("input", "layer 3")]
+    played += [outcome("a", 0, True, site=site) for site in ("input", "layer 3")]
+    rows = {(r.cell.method, r.cell.site): r.against for r in rows_of(played, baseline="b")}
+    assert rows == {
+        ("a", "input"): "input",
+        ("a", "layer 3"): "layer 3",
+        ("b", "input"): "layer 3",
+        ("b", "layer 3"): "input",
+    }
+
+
 def test_budgets_are_compared_at_the_same_budget() -> None:
     timed = {"mode": "realtime", "time_source": "stated: 60 ms", "misses": 1, "inferences": 10}
     played = [
