@@ -6,7 +6,6 @@ is their number: a norm is one, the rotation of queries and keys is one, the gat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -20,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+from stream.ops.built import built
 
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
 _SILU = type(ACT2FN["silu"])
@@ -109,18 +110,14 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 @cache
 def _compiled() -> ModuleType | None:
-    """`layer_cuda`, once it has run; None, after a warning, where Triton cannot build it."""
-    try:
+    """`layer_cuda`, once it has run."""
+
+    def run() -> ModuleType:
         from . import layer_cuda
 
         x = torch.zeros(1, 1, 2, 4, device="cuda")
         layer_cuda.rotate(x, x, x[:, :, 0], x[:, :, 0])
         layer_cuda.silu_gate(x, x)
-    except Exception as error:  # no Triton, no C compiler, no folder to write to: all are bearable
-        warnings.warn(
-            "Decoder layers rotate and gate in several kernels, since the fused ones cannot be "
-            f"built: {error}",
-            stacklevel=2,
-        )
-        return None
-    return layer_cuda
+        return layer_cuda
+
+    return built(run, "Decoder layers rotate and gate in several launches")

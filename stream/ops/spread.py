@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .built import built
 from .similarity import pairwise_cosine
 
 
@@ -68,20 +68,16 @@ def _one_kernel(n: int) -> Callable[[Tensor, Tensor, int], Tensor] | None:
 
 @cache
 def _compiled() -> ModuleType | None:
-    """`spread_cuda`, once it has run; None, after a warning, where Triton cannot build it."""
-    try:
+    """`spread_cuda`, once it has run."""
+
+    def run() -> ModuleType:
         from . import spread_cuda
 
-        spread_cuda.chain(
-            torch.zeros(1, 2, 2, device="cuda"), torch.zeros(1, device="cuda").long(), 2
-        )
-    except Exception as error:  # no Triton, no C compiler, no folder to write to: all are bearable
-        warnings.warn(
-            f"Farthest picks are launched one by one, since their kernel cannot be built: {error}",
-            stacklevel=2,
-        )
-        return None
-    return spread_cuda
+        distance = torch.zeros(1, 2, 2, device="cuda")
+        spread_cuda.chain(distance, torch.zeros(1, device="cuda").long(), 2)
+        return spread_cuda
+
+    return built(run, "Farthest picks are launched one by one")
 
 
 def even(rows: int, cols: int, phase: float, device: torch.device | str = "cpu") -> Tensor:
