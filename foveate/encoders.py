@@ -16,7 +16,9 @@ from policies.video.tiny.packed import frame_tokens, pool, visual_positions
 from policies.vision.merging import MergingTower
 from policies.vision.skipping import SkippingTower
 
-GRID, BOOTSTRAPS = 14, 2000
+from .quality import points_between
+
+GRID = 14
 
 Encoded = tuple[Tensor, float]
 """Hidden states [f, p, d], and the share of patches that a layer computes, mean over layers."""
@@ -42,10 +44,8 @@ class Score:
 
     def minus(self, other: Score, seed: int) -> tuple[float, float, float]:
         """(points of accuracy above `other`, low, high at 95 %), paired by clip."""
-        gap, size = np.subtract(self.right, other.right), np.array(self.asked)
-        draws = np.random.default_rng(seed).integers(0, len(size), (BOOTSTRAPS, len(size)))
-        low, high = np.percentile(100 * gap[draws].sum(1) / size[draws].sum(1), [2.5, 97.5])
-        return float(100 * gap.sum() / size.sum()), float(low), float(high)
+        gap = np.subtract(self.right, other.right)
+        return points_between(gap, np.array(self.asked), seed)
 
 
 @torch.inference_mode()

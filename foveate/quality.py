@@ -233,7 +233,6 @@ def rows_of(pieces: Sequence[Piece], seed: int) -> list[Row]:
         by_method[(piece.method, piece.retain)][piece.video] = piece
     full = by_method[("identity", 1.0)]
     videos = sorted(full)
-    draws = np.random.default_rng(seed).integers(0, len(videos), (BOOTSTRAPS, len(videos)))
     size = np.array([len(full[v].right) for v in videos])
     base = np.array([sum(full[v].right) for v in videos])
     rows = []
@@ -243,7 +242,7 @@ def rows_of(pieces: Sequence[Piece], seed: int) -> list[Row]:
         if set(mine) != set(full):
             continue
         right = np.array([sum(mine[v].right) for v in videos])
-        low, high = _interval(right - base, size, draws)
+        minus_full, low, high = points_between(right - base, size, seed)
         rows.append(
             Row(
                 method=method,
@@ -251,7 +250,7 @@ def rows_of(pieces: Sequence[Piece], seed: int) -> list[Row]:
                 n=int(size.sum()),
                 accuracy=100 * right.sum() / size.sum(),
                 relative=100 * right.sum() / max(1, base.sum()),
-                minus_full=100 * (right - base).sum() / size.sum(),
+                minus_full=minus_full,
                 low=low,
                 high=high,
                 tokens=_mean(p.tokens for p in mine.values()),
@@ -273,14 +272,18 @@ def paired_difference(
     videos = sorted(set(sides[0]) & set(sides[1]))
     size = np.array([len(sides[0][v].right) for v in videos])
     gap = np.array([sum(sides[0][v].right) - sum(sides[1][v].right) for v in videos])
-    draws = np.random.default_rng(seed).integers(0, len(videos), (BOOTSTRAPS, len(videos)))
-    return (100 * gap.sum() / size.sum(), *_interval(gap, size, draws))
+    return points_between(gap, size, seed)
 
 
-def _interval(gap: NDArray[Any], size: NDArray[Any], draws: NDArray[Any]) -> tuple[float, float]:
+def points_between(gap: NDArray[Any], size: NDArray[Any], seed: int) -> tuple[float, float, float]:
+    """(points, low, high at 95 %) by which one side answers more, resampling videos in pairs.
+
+    gap: right answers of one side less the other's, by video; size: questions, by video.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(size), (BOOTSTRAPS, len(size)))
     means = 100 * gap[draws].sum(1) / size[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return float(100 * gap.sum() / size.sum()), float(low), float(high)
 
 
 def _mean(values: Iterable[float]) -> float:
