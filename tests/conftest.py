@@ -86,24 +86,25 @@ def pictures() -> None:
         pytest.skip(_no_pictures())
 
 
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 frames of 64 x 48: a still picture with a moving bright square."""
+def write_clip(path: Path, frames: int, seed: int) -> Path:
+    """Frames of 64 x 48: a still picture with a moving bright square."""
     import av
 
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    background = np.random.default_rng(0).integers(0, 120, (48, 64, 3), dtype=np.uint8)
+    background = np.random.default_rng(seed).integers(0, 120, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=12)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for t in range(24):
+        for t in range(frames):
             image = background.copy()
             image[8:16, 2 * t : 2 * t + 8] = 250
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
     return path
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", 24, 0)
 
 
 @pytest.fixture(scope="session")

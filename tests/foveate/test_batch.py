@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -30,6 +28,7 @@ from stream.batch.jobs import Outcome
 from stream.batch.journal import Journal
 from stream.config import load
 from stream.errors import AttachError, ConfigError
+from tests.conftest import write_clip
 
 CLIPS = 6
 QUESTIONS = ("what color is the star?", "where is the square?")
@@ -37,25 +36,12 @@ OPTIONS = ["red", "blue", "green"]
 OUTPUTS = ("results.jsonl", "errors.jsonl")
 
 
-def write_clip(path: Path, seed: int) -> None:
-    """12 frames of 64 x 48: a still picture with a moving bright square."""
-    background = np.random.default_rng(seed).integers(0, 120, (48, 64, 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for t in range(12):
-            image = background.copy()
-            image[8:16, 2 * t : 2 * t + 8] = 250
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips, broken files and a manifest of them: questions interleaved, two rows bad."""
     folder = tmp_path_factory.mktemp("batch")
     for seed in range(CLIPS):
-        write_clip(folder / f"v{seed}.mp4", seed)
+        write_clip(folder / f"v{seed}.mp4", 12, seed)
     (folder / "broken.mp4").write_bytes(b"no video " * 100)
     whole = (folder / "v0.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
