@@ -3,8 +3,9 @@
     python -m sims.evaluate --model DIR --methods vla_pruner,fastv --keep 1,0.25 --out results.jsonl
 
 Waiting mode: the world stands still while the policy thinks. A cell is a method with a kept share;
-all cells play the same episodes. Outcomes are appended to a file, a JSON line for each episode, as
-soon as a task is done; a run that is started again plays what is missing.
+all cells play the same episodes, and each task before the next begins, since building a task's
+environments takes longer than playing them. Outcomes are appended to a file, a JSON line for each
+episode, as soon as a cell is done with a task; a run that is started again plays what is missing.
 """
 
 from __future__ import annotations
@@ -156,11 +157,11 @@ Jobs = list[tuple[str, int]]
 
 
 def missing(cells: Sequence[Cell], jobs: Jobs, out: Path) -> Iterator[tuple[Cell, Jobs]]:
-    """The episodes of each cell that are not in the file yet, task by task."""
+    """The episodes that are not in the file yet: task by task, of each cell."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(x["method"], x["keep"], x["site"], x["task"], x["seed"]) for x in lines}
     tasks = dict.fromkeys(name for name, _ in jobs)
-    for cell, task in product(cells, tasks):
+    for task, cell in product(tasks, cells):
         of_task = [job for job in jobs if job[0] == task]
         left = [job for job in of_task if (cell.method, cell.keep, cell.site, *job) not in done]
         if left:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from stream.data import ActionChunk, Budget, Observation, PatchGrid
@@ -126,16 +127,18 @@ class OpenVLAPolicy(VLAPolicy):
         camera = [self._spec.cameras.index(c) for cameras in seen for c in cameras]
         images = torch.stack(pictures).to(self.device, non_blocking=True)
         tokens = self.model.see(images, torch.tensor(camera, device=self.device))
-        split = tokens.split([len(cameras) for cameras in seen])
+        said = [o.instruction for o, own in zip(observations, seen, strict=True) for _ in own]
+        counts = [len(cameras) for cameras in seen]
+        split = zip(tokens.split(counts), self._relevance(tokens, said).split(counts), strict=True)
         return [
             Scene(
                 x=x.flatten(0, 1),
                 grid=PatchGrid(len(cameras), self.model.side, self.model.side),
                 cameras=tuple(cameras),
                 observation=observation,
-                signals={Signal.TEXT_ROWS: self._relevance(x, observation.instruction)},
+                signals={Signal.TEXT_ROWS: (relevance / len(cameras)).flatten()},
             )
-            for x, cameras, observation in zip(split, seen, observations, strict=True)
+            for (x, relevance), cameras, observation in zip(split, seen, observations, strict=True)
         ]
 
     @torch.inference_mode()
@@ -301,15 +304,16 @@ class OpenVLAPolicy(VLAPolicy):
             self._texts[instruction] = torch.tensor(ids, device=self.device)
         return self._texts[instruction]
 
-    def _relevance(self, x: Tensor, instruction: str) -> Tensor:
-        """float32 [cameras * p]: where the words point, a sum of 1 shared alike by the cameras.
+    def _relevance(self, x: Tensor, instructions: Sequence[str]) -> Tensor:
+        """float32 [m, p]: where the words point in each picture, of sum 1.
 
-        x: [cameras, p, d].
+        x: [m, p, d]; instructions: of each picture.
         """
-        words = self.model.words(self._text(instruction)[1:])[None].expand(len(x), -1, -1)
-        weight = torch.ones(words.shape[:2], dtype=words.dtype, device=self.device)
-        share = self.model.point(x, words, weight).softmax(1).mean(-1)
-        return (share / len(x)).flatten()
+        texts = [self._text(instruction)[1:] for instruction in instructions]
+        words = self.model.words(pad_sequence(texts, batch_first=True))
+        length = torch.tensor([len(text) for text in texts], device=self.device)
+        said = torch.arange(words.shape[1], device=self.device) < length[:, None]
+        return self.model.point(x, words, said.to(words.dtype)).softmax(1).mean(-1)
 
     def _row(self, visual: Tensor, text: Tensor, pads: int) -> Tensor:
         """[pads + 1 + n + t, d]: padding, BOS, visual tokens and words of one sequence."""
