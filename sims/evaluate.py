@@ -156,10 +156,13 @@ class Player:
 Jobs = list[tuple[str, int]]
 
 
-def missing(cells: Sequence[Cell], jobs: Jobs, out: Path) -> Iterator[tuple[Cell, Jobs]]:
-    """The episodes that are not in the file yet: task by task, of each cell."""
+def missing(
+    cells: Sequence[Cell], jobs: Jobs, out: Path, model: str
+) -> Iterator[tuple[Cell, Jobs]]:
+    """The model's episodes that are not in the file yet: task by task, of each cell."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {(x["method"], x["keep"], x["site"], x["task"], x["seed"]) for x in lines}
+    own = [x for x in lines if x["model"] == model]
+    done = {(x["method"], x["keep"], x["site"], x["task"], x["seed"]) for x in own}
     tasks = dict.fromkeys(name for name, _ in jobs)
     for task, cell in product(tasks, cells):
         of_task = [job for job in jobs if job[0] == task]
@@ -174,6 +177,7 @@ def play(cell: Cell, jobs: Jobs, pool: Pool, policy: OpenVLAPolicy, lock: Lock) 
     size = policy.spec.grid.size
     return [
         {
+            "model": policy.spec.name,
             "method": cell.method,
             "keep": cell.keep,
             "site": cell.site,
@@ -226,7 +230,7 @@ def main() -> None:
     jobs = [(n, args.first_seed + i) for n in names for i in range(args.episodes)]
     methods = [m for m in args.methods.split(",") if m]
     cells = cells_of(methods, [float(k) for k in args.keep.split(",")], args.controls)
-    todo = list(missing(cells, jobs, args.out))
+    todo = list(missing(cells, jobs, args.out, Path(args.model).name))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     policy, lock = load(args.model, device=args.device), Lock()

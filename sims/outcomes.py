@@ -15,6 +15,9 @@ from stream.errors import ConfigError, SourceError
 Z = 1.959964
 
 
+Episode = tuple[str, str, int]
+
+
 class Cell(NamedTuple):
     """What one row of a table is about."""
 
@@ -31,7 +34,8 @@ class Outcome(BaseModel):
 
     method: a reducer with its settings, or a control. keep: share of the visual tokens; None where
     a controller chose by the deadline. site: where tokens are dropped. tokens: mean over the
-    inferences. misses: results that were promised in time and came late.
+    inferences. misses: results that were promised in time and came late. model: which one played;
+    the training seeds of a model are pooled in a cell, and paired each with itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,6 +54,11 @@ class Outcome(BaseModel):
     misses: int | None = None
     inferences: int | None = None
     time_source: str | None = None
+    model: str = ""
+
+    @property
+    def episode(self) -> Episode:
+        return self.model, self.task, self.seed
 
     @property
     def cell(self) -> Cell:
@@ -62,7 +71,7 @@ def read(paths: Iterable[Path]) -> list[Outcome]:
 
     Raises SourceError for a file that is no such record.
     """
-    found: dict[tuple[Cell, str, int], Outcome] = {}
+    found: dict[tuple[Cell, Episode], Outcome] = {}
     for path in paths:
         try:
             text = path.read_text()
@@ -77,7 +86,7 @@ def read(paths: Iterable[Path]) -> list[Outcome]:
                 first = error.errors(include_url=False)[0]
                 where = ".".join(map(str, first["loc"])) or "the line"
                 raise SourceError(f"{path}, line {number}: {where}: {first['msg']}.") from None
-            found[outcome.cell, outcome.task, outcome.seed] = outcome
+            found[outcome.cell, outcome.episode] = outcome
     return list(found.values())
 
 
@@ -140,9 +149,9 @@ def rows_of(outcomes: Sequence[Outcome], baseline: str | None = None) -> list[Ro
     baseline: METHOD or METHOD@SHARE or METHOD@deadline, compared with at the same mode, budget and
     times; METHOD alone at the same share as well. Raises ConfigError where it never played.
     """
-    cells: dict[Cell, dict[tuple[str, int], Outcome]] = {}
+    cells: dict[Cell, dict[Episode, Outcome]] = {}
     for outcome in outcomes:
-        cells.setdefault(outcome.cell, {})[outcome.task, outcome.seed] = outcome
+        cells.setdefault(outcome.cell, {})[outcome.episode] = outcome
     if baseline and not any(_is_baseline(cell, cell, baseline) for cell in cells):
         raise ConfigError(
             f"The baseline {baseline!r} is in none of the cells; there are "
@@ -158,8 +167,8 @@ def rows_of(outcomes: Sequence[Outcome], baseline: str | None = None) -> list[Ro
 
 def _row(
     cell: Cell,
-    played: dict[tuple[str, int], Outcome],
-    base: dict[tuple[str, int], Outcome] | None,
+    played: dict[Episode, Outcome],
+    base: dict[Episode, Outcome] | None,
 ) -> Row:
     n, solved = len(played), sum(o.success for o in played.values())
     low, high = wilson(solved, n)
@@ -185,9 +194,12 @@ def _row(
 
 
 def _partner(cell: Cell, cells: Sequence[Cell], baseline: str) -> Cell | None:
-    """The baseline's cell that this one is compared with; that of the same site, if there is."""
+    """The baseline's cell that this one is compared with; that of the same site, if there is, else
+    the one inside the model."""
     fitting = [c for c in cells if c != cell and _is_baseline(c, cell, baseline)]
-    return min(fitting, key=lambda c: (c.site != cell.site, c.site), default=None)
+    return min(
+        fitting, key=lambda c: (c.site != cell.site, c.site == "input", c.site), default=None
+    )
 
 
 def _is_baseline(cell: Cell, beside: Cell, baseline: str) -> bool:

@@ -121,7 +121,8 @@ def table_of(
     tasks = sorted({o.task for o in outcomes if o.mode == mode})
     seeds = sorted({o.seed for o in outcomes if o.mode == mode})
     sources = sorted({row.cell.time_source or "" for row in rows} - {""})
-    parts = [mode, f"{len(tasks)} tasks", f"seeds {seeds[0]} to {seeds[-1]}", *sources]
+    models = sorted({o.model for o in outcomes if o.mode == mode} - {""})
+    parts = [mode, f"{len(tasks)} tasks", f"seeds {seeds[0]} to {seeds[-1]}", *sources, *models]
     if baseline:
         parts.append(f"won, lost and McNemar's p against {baseline} on the same episodes")
     return table(", ".join(parts), columns, cells)

@@ -109,16 +109,18 @@ def test_what_is_in_the_file_is_not_played_again(tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     jobs = [("push", 0), ("push", 1), ("reach", 0)]
     cells = [Cell.of("fastv:layer=2", 0.5), Cell.of("divprune", 0.5)]
-    assert [left for _, left in missing(cells, jobs, out)] == [jobs[:2]] * 2 + [jobs[2:]] * 2
+    whole = [left for _, left in missing(cells, jobs, out, "openvla")]
+    assert whole == [jobs[:2]] * 2 + [jobs[2:]] * 2
     lines = play(cells[0], [(TEXTS[0], 1)], cast(Pool, Stillness()), policy("parallel"), Lock())
     lines[0] |= {"task": "push"}
     out.write_text(json.dumps(lines[0]) + "\n")
-    assert [left for _, left in missing(cells, jobs, out)] == [
+    assert [left for _, left in missing(cells, jobs, out, "openvla")] == [
         [("push", 0)],
         jobs[:2],
         jobs[2:],
         jobs[2:],
     ]
+    assert [left for _, left in missing(cells, jobs, out, "another")] == whole
     assert summary(out).row_count == 1
 
 

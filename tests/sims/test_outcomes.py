@@ -51,6 +51,23 @@ def test_mcnemar_is_a_probability_and_even(won: int, lost: int) -> None:
     assert mcnemar(won, lost) == mcnemar(lost, won)
 
 
+def test_models_are_pooled_and_paired_each_with_itself() -> None:
+    played = [outcome("a", s, success=True, model=m) for s in range(4) for m in "xy"]
+    played += [outcome("b", s, success=m == "x", model=m) for s in range(4) for m in "xyz"]
+    a, b = rows_of(played, baseline="b")
+    assert (a.n, a.success, a.pairs, a.won, a.lost) == (8, 1.0, 8, 4, 0)
+    assert b.n == 12
+
+
+def test_the_partner_has_the_same_site_or_stands_inside_the_model() -> None:
+    sites = ["input", "layer 3"]
+    played = [outcome("b", 0, success=True, site=site) for site in sites]
+    played += [outcome("a", 0, success=True, site=site) for site in [*sites, "layer 2"]]
+    rows = [row for row in rows_of(played, "b") if row.cell.method == "a"]
+    against = {row.cell.site: row.against for row in rows}
+    assert against == {"input": "input", "layer 3": "layer 3", "layer 2": "layer 3"}
+
+
 def test_pairs_share_task_and_seed() -> None:
     played = [outcome("a", s, success=s < 6) for s in range(10)]
     played += [outcome("b", s, success=s % 2 == 0) for s in range(2, 20)]
