@@ -93,7 +93,10 @@ def cells_of(methods: Sequence[str], keeps: Sequence[float], controls: bool) -> 
 
 @dataclass(slots=True)
 class Player:
-    """Acts for the slots of a pool, in batches, each slot with a memory of its own."""
+    """Acts for the slots of a pool, in batches, each slot with a memory of its own.
+
+    tokens: visual tokens kept, over all `inferences`; a method may keep all while it warms up.
+    """
 
     policy: OpenVLAPolicy
     cell: Cell
@@ -101,6 +104,8 @@ class Player:
     memories: dict[int, Memory] = field(default_factory=dict)
     epochs: dict[int, int] = field(default_factory=dict)
     pictures: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    tokens: int = 0
+    inferences: int = 0
 
     def __call__(self, batch: Batch) -> NDArray[np.float32]:
         for slot, fresh in zip(batch.slots, batch.fresh, strict=True):
@@ -134,6 +139,8 @@ class Player:
         budget = Budget.ratio(self.cell.keep, of=policy.spec.grid.size)
         epochs = [self.epochs[slot] for slot in slots]
         prefixes = policy.prefill_batch(policy.encode_batch(seen), budget, memories, epochs)
+        self.tokens += sum(prefix.tokens for prefix in prefixes)
+        self.inferences += len(prefixes)
         chunks, attention = policy.act_batch(prefixes, seen)
         for prefix, one, memory in zip(prefixes, attention, memories, strict=True):
             policy.remember(prefix, one, memory)
@@ -172,9 +179,9 @@ def missing(
 
 
 def play(cell: Cell, jobs: Jobs, pool: Pool, policy: OpenVLAPolicy, lock: Lock) -> list[Any]:
-    """The outcomes of some episodes of a cell as lines of the file."""
+    """The outcomes of some episodes of a cell as lines of the file; tokens: mean over them all."""
     player = Player(policy.pruned_by(cell.reducer), cell, lock)
-    size = policy.spec.grid.size
+    outcomes = evaluate(pool, jobs, player)
     return [
         {
             "model": policy.spec.name,
@@ -186,10 +193,10 @@ def play(cell: Cell, jobs: Jobs, pool: Pool, policy: OpenVLAPolicy, lock: Lock) 
             "success": outcome.success,
             "score": outcome.score,
             "steps": outcome.steps,
-            "tokens": Budget.ratio(cell.keep, of=size).tokens,
+            "tokens": player.tokens / player.inferences,
             "mode": "waiting",
         }
-        for outcome in evaluate(pool, jobs, player)
+        for outcome in outcomes
     ]
 
 
@@ -244,18 +251,22 @@ def main() -> None:
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
         bar = progress.add_task("tasks", total=len(todo))
         file = stack.enter_context(args.out.open("a"))
-        workers = stack.enter_context(ThreadPoolExecutor(args.at_once))
+        workers = ThreadPoolExecutor(args.at_once)
+        stack.callback(workers.shutdown, cancel_futures=True)
+        writing = Lock()
 
-        def one(cell: Cell, left: Jobs) -> list[Any]:
+        def one(cell: Cell, left: Jobs) -> None:
             pool = pools.get()
             try:
-                return play(cell, left, pool, policy, lock)
+                lines = play(cell, left, pool, policy, lock)
             finally:
                 pools.put(pool)
+            with writing:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
 
         for done in as_completed([workers.submit(one, cell, left) for cell, left in todo]):
-            file.writelines(json.dumps(line) + "\n" for line in done.result())
-            file.flush()
+            done.result()
             progress.advance(bar)
     Console().print(summary(args.out))
 

@@ -73,14 +73,20 @@ def test_cells_and_their_names() -> None:
         Cell.of("fastv:layers=2", 0.5)
 
 
-@pytest.mark.parametrize("method", ["vla_pruner:layer=2", "vla_pruner:mode=paper:layer=2"])
-def test_slots_in_different_steps_of_their_episodes_play_together(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "tokens"),
+    [("vla_pruner:layer=2", 8), ("vla_pruner:mode=paper:layer=2", (10 * 32 + 4 * 8) / 14)],
+    ids=["default", "paper, whole in its first three"],
+)
+def test_slots_in_different_steps_of_their_episodes_play_together(
+    method: str, tokens: float
+) -> None:
     jobs = [(TEXTS[i % 2], seed) for i, seed in enumerate((6, 3, 4, 1))]
     one = policy("parallel")
     lines = play(Cell.of(method, 0.25), jobs, cast(Pool, Stillness()), one, Lock())
     assert [(x["task"], x["seed"]) for x in lines] == jobs
     assert [x["steps"] for x in lines] == [3 * seed for _, seed in jobs]
-    assert {(x["success"], x["tokens"], x["mode"]) for x in lines} == {(True, 8, "waiting")}
+    assert {(x["success"], x["tokens"], x["mode"]) for x in lines} == {(True, tokens, "waiting")}
 
 
 def test_a_fresh_episode_forgets_the_last() -> None:
