@@ -8,6 +8,7 @@ robot with three cameras is a grid of three frames; a camera that is missing lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -95,7 +96,8 @@ class VLAPruner(BatchReducer):
         `released`: the same with the published code's reversed weights (the oldest step weighs
             most) and its one layer.
         `default`: steps weigh by their age in seconds, what was pruned keeps the value last seen,
-            decayed; the budget holds from the first step on; see the settings below.
+            decayed; the top sets are wider; the budget holds from the first step on; see the
+            settings below.
     layer: decoder layer at whose entry tokens are dropped, or share of the depth; null = before
         the model, where the semantic signal is what the adapter knows beforehand.
     semantic: which prompt rows make the semantic score, see `query_rows`.
@@ -107,6 +109,8 @@ class VLAPruner(BatchReducer):
         without action attention are seen again; null = never.
     camera_floor: least share of an even split that each camera keeps; the rest goes to the
         tokens with the most attention, wherever they are.
+    reach: each top set holds so many times what may stay, and the filter chooses among them; 1 as
+        published. Wider sets lean less on attention and more on diversity.
     """
 
     needs: ClassVar[frozenset[Signal]] = _NeedsOfSettings()  # type: ignore[assignment]
@@ -122,6 +126,7 @@ class VLAPruner(BatchReducer):
     stale_s: float = Field(default=2.0, ge=0)
     refresh_every: int | None = Field(default=10, ge=2)
     camera_floor: float = Field(default=0.25, ge=0, le=1)
+    reach: float = Field(default=4.0, ge=1)
 
     @property
     def site(self) -> Site:
@@ -160,7 +165,8 @@ class VLAPruner(BatchReducer):
             unions.append(union)
             counts.append(count)
         if ready:
-            kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k)
+            most = k + k if self.mode != "default" else math.ceil(2 * self.reach * k)
+            kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k, most)
             for i, own in zip(ready, kept.view(len(ready), -1), strict=True):
                 plans[i] = Plan.keep(picks.places(own[tokens[i].index], k), tokens[i].n)
         return plans
@@ -184,19 +190,20 @@ class VLAPruner(BatchReducer):
         guide = self.guide(history, max(tokens.pts_s), grid)
         if guide is None:
             count = self._share(_shares_of_one(score, present), present, k)
-            return picks.top_mask(score, count), count
+            return picks.top_mask(score, self._reached(count)) & present, count
         action = guide.view(groups, -1).masked_fill(~present, -torch.inf)
         both = _shares_of_one(score, present) + _shares_of_one(action, present)
         count = self._share(both, present, k)
+        reached = self._reached(count)
         if self.mode != "default":
-            second = picks.top_mask(action, count)
+            second = picks.top_mask(action, reached)
         elif self.refresh_every and history.pushed % self.refresh_every == 0:
             phase = history.pushed // self.refresh_every * 0.6180339887498949
             even = spread.even(grid.rows, grid.cols, phase, present.device)
-            second = picks.top_mask(torch.where(present, even, -torch.inf), count)
+            second = picks.top_mask(torch.where(present, even, -torch.inf), reached)
         else:
-            second = picks.top_mask(action, count) & (action > 0)
-        return picks.top_mask(score, count) | second, count
+            second = picks.top_mask(action, reached) & (action > 0)
+        return (picks.top_mask(score, reached) | second) & present, count
 
     def guide(self, history: AttentionHistory, now_s: float, grid: PatchGrid) -> Tensor | None:
         """Smoothed action attention, float32 [grid.size] with sum 1; None where none is known."""
@@ -228,6 +235,10 @@ class VLAPruner(BatchReducer):
             return [self.gamma ** (i + 1) for i in range(steps)]
         return [2.0 ** (-age / self.half_life_s) for age in ages_s]
 
+    def _reached(self, count: Tensor) -> Tensor:
+        """Size of a top set of each group, long [g], where `count` may stay."""
+        return count if self.mode != "default" else (count * self.reach).ceil().long()
+
     def _share(self, score: Tensor, present: Tensor, k: int) -> Tensor:
         """Tokens for each group, long [g], sum k: floors first, then to the best scores anywhere.
 
@@ -255,14 +266,14 @@ def _shares_of_one(score: Tensor, present: Tensor) -> Tensor:
     return score / total.clamp_min(torch.finfo(score.dtype).tiny)
 
 
-def _thin_out(x: Tensor, candidate: Tensor, count: Tensor, k: int) -> Tensor:
+def _thin_out(x: Tensor, candidate: Tensor, count: Tensor, k: int, most: int) -> Tensor:
     """The `count` most diverse candidates of each group, bool [g * p], k in all of a stream.
 
-    x: [g * p, d]; candidate: bool [g, p] with at least `count` (long [g]) and at most 2 * k in
+    x: [g * p, d]; candidate: bool [g, p] with at least `count` (long [g]) and at most `most` in
     each group, so the filter runs on so many rows, without asking the device how many there are.
     """
     groups, size = candidate.shape
-    width = min(2 * k, size)
+    width = min(most, size)
     order = torch.sort(candidate.byte(), dim=-1, descending=True, stable=True).indices[:, :width]
     place = order + torch.arange(groups, device=x.device)[:, None] * size
     chosen = spread.farthest(x[place], candidate.gather(1, order), min(k, width))

@@ -332,7 +332,7 @@ def test_budgets_are_exact_and_kept_tokens_come_from_the_union(
     seed: int, mode: Any, semantic: Semantic, cameras: int, k: int, partial: bool
 ) -> None:
     grid = PatchGrid(cameras, 4, 5)
-    method = VLAPruner(mode=mode, semantic=semantic, refresh_every=3)
+    method = VLAPruner(mode=mode, semantic=semantic, refresh_every=3, reach=1)
     memory = episode()
     draw = torch.Generator().manual_seed(seed)
     for tick in range(6):
@@ -371,7 +371,7 @@ def test_only_the_published_modes_warm_up_unpruned(mode: Any) -> None:
 
 def test_the_first_step_keeps_the_semantic_top_set() -> None:
     tokens, signals = scene(3)
-    plan = reduce_stage(VLAPruner(), tokens, signals, Budget(9), episode())
+    plan = reduce_stage(VLAPruner(reach=1), tokens, signals, Budget(9), episode())
     assert torch.equal(plan.anchor, picks.top(signals[Signal.TEXT_ROWS], 9))
 
 
@@ -394,16 +394,31 @@ def test_what_the_actions_look_at_is_kept_against_semantics() -> None:
     signals = Signals({Signal.TEXT_ROWS: score, Signal.INPUT_EMBEDDINGS: x})
     memory = episode()
     remember(memory, looked_at, torch.arange(64), GRID, time_s=0.0, epoch=0)
-    union, _ = VLAPruner().candidates(tokens, score, memory.state[STATE], 8)
+    method = VLAPruner(reach=1)
+    union, _ = method.candidates(tokens, score, memory.state[STATE], 8)
     assert union[0].nonzero()[:, 0].tolist() == [*range(8), *range(40, 44)]
-    assert reduce_stage(VLAPruner(), tokens, signals, Budget(8), memory).k == 8
+    assert reduce_stage(method, tokens, signals, Budget(8), memory).k == 8
+
+
+def test_a_wider_reach_widens_the_top_sets_and_keeps_the_budget() -> None:
+    tokens, signals = scene(1)
+    sizes = []
+    for reach in (1, 2, 4):
+        method, memory = VLAPruner(reach=reach), episode()
+        remember(memory, torch.rand(64), torch.arange(64), GRID, time_s=0.0, epoch=0)
+        score = signals[Signal.TEXT_ROWS]
+        union, count = method.candidates(tokens, score, memory.state[STATE], 8)
+        assert reduce_stage(method, tokens, signals, Budget(8), memory).k == int(count.sum()) == 8
+        sizes.append(int(union.sum()))
+    assert 8 <= sizes[0] < sizes[1] < sizes[2] <= 64
 
 
 def test_a_refresh_sees_again_what_was_forgotten() -> None:
     """The prompt always looks at the same corner; without refresh the rest is never seen."""
 
     def seen_after(refresh_every: int | None) -> int:
-        method, memory, seen = VLAPruner(refresh_every=refresh_every), episode(), set()
+        method = VLAPruner(refresh_every=refresh_every, reach=1)
+        memory, seen = episode(), set()
         score = torch.arange(64.0).flip(0)
         for tick in range(24):
             tokens, signals = scene(tick, time_s=tick * 0.1)
