@@ -62,6 +62,7 @@ def interleaved(
 ) -> Run:
     """Requests of all arms in rounds, each round in a new random order.
 
+    An arm that does not fit into the device's memory, alone or beside the others, has no samples.
     seconds: after which no new round begins, once there are three.
     """
     subject = arms[0].subject
@@ -90,8 +91,14 @@ def interleaved(
         if turn >= warmup + 3 and time.monotonic() - start_s > seconds:
             break
         for arm in order.sample(able, len(able)):
-            with arm, clock.request() as times_ms:
-                arm.run(clock, pixels[arm.batch])
+            try:
+                with arm, clock.request() as times_ms:
+                    arm.run(clock, pixels[arm.batch])
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                able.remove(arm)
+                del samples[arm.key]
+                continue
             times_ms[FIRST] = sum(times_ms.get(stage, 0.0) for stage in arm.first)
             times_ms[TOTAL] = times_ms[FIRST] + times_ms.get("tokens", 0.0)
             if turn >= warmup:

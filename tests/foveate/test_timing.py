@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,25 @@ def test_throughput_counts_requests(tmp_path: Path) -> None:
     for row in rows:
         per_request = row["ms"]["host"]["p50"] / row["batch"] / 1e3
         assert row["requests_per_s"] == pytest.approx(1 / per_request)
+
+
+def test_an_arm_that_runs_out_of_memory_later_has_no_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = subject()
+    able = arms.EagerArm(one, None, 1.0, 1)
+    greedy = arms.EagerArm(one, build_reducer("fastv"), 0.5, 1)
+    run_it, left = type(greedy).run, [1]
+
+    def run(arm: Any, *given: Any) -> Any:
+        if arm is greedy and not left:
+            raise torch.cuda.OutOfMemoryError
+        if arm is greedy:
+            left.pop()
+        return run_it(arm, *given)
+
+    monkeypatch.setattr(type(greedy), "run", run)
+    found = measure.interleaved([able, greedy], repeats=2, warmup=0, seed=0)
+    assert list(found.samples) == [able.key]
+    rows = measure.rows_of([able, greedy], found)
+    assert [bool(row["ms"]) for row in rows] == [True, False]
