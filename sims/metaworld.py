@@ -17,7 +17,8 @@ from stream.data import Observation
 
 from .base import Environment, EnvironmentSpec, StepResult
 from .cameras import NAMES, Cameras, Ornament, import_mujoco
-from .scenes import BALL_RADIUS, GOAL_COLORS, Scene
+from .clutter import strewn
+from .scenes import BALL_RADIUS, GOAL_COLORS, Point, Scene
 from .tasks import TASKS
 
 DT_S = 1 / 80
@@ -54,6 +55,7 @@ class MetaWorld(Environment):
             moving=self._task.moving,
         )
         self._scene: Scene | None = None
+        self._clutter: list[Ornament] = []
         self._instruction = ""
         self._steps = self._on_target = 0
         self._belt_speed = 0.0
@@ -72,6 +74,7 @@ class MetaWorld(Environment):
             self._scene = self._task.layout(np.random.default_rng(seed))
             self._instruction = self._instruction.format(color=self._scene.color)
             self._lay_out(self._scene)
+        self._clutter = self._strewn(np.random.default_rng((seed, 1)))
         return self._instruction
 
     def observe(self) -> Observation:
@@ -157,11 +160,21 @@ class MetaWorld(Environment):
             self._belt_speed = math.copysign(self._belt_speed, -puck.qpos[0])
         puck.qpos[0] += self._belt_speed * DT_S
 
+    def _strewn(self, rng: np.random.Generator) -> list[Ornament]:
+        """Clutter beside the way from the hand by the handled thing to the goal."""
+        handled = () if self._task.base == "reach" else (self._feel()[4:7],)
+        path = (self._raw.tcp_center, *handled, self._raw._target_pos)
+        others: list[Point] = []
+        if self._scene:
+            balls = [ball(0.0) for ball in self._scene.balls.values()]
+            others = [self._scene.puck, self._scene.other_puck, *balls]
+        return strewn(rng, self._task.clutter, path, others)
+
     def _ornaments(self) -> list[Ornament]:
-        """The balls, on stands where they hang in the air, and the belt."""
+        """The balls, on stands where they hang in the air, the belt and the clutter."""
         if self._scene is None:
-            return []
-        ornaments = []
+            return self._clutter
+        ornaments = [*self._clutter]
         for color, path in self._scene.balls.items():
             center = path(self._steps * DT_S)
             size = (BALL_RADIUS, 0.0, 0.0)

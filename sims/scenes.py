@@ -138,7 +138,7 @@ def _aside(rng: Generator, puck: Point, balls: Sequence[Point]) -> Point:
     """A place for a second puck, out of the way from the first one to any ball."""
 
     def clear(point: Point) -> bool:
-        return all(_to_segment(point, puck, ball) > 0.08 for ball in balls)
+        return all(to_segment(point, puck, ball) > 0.08 for ball in balls)
 
     return _resting(_sample(rng, _on_table, clear))
 
@@ -185,7 +185,8 @@ def _distance(a: Point, b: Point) -> float:
     return float(np.linalg.norm(a[:2] - b[:2]))
 
 
-def _to_segment(point: Point, start: Point, end: Point) -> float:
+def to_segment(point: Point, start: Point, end: Point) -> float:
+    """How far a point lies from a straight way, in metres and seen from above."""
     along = end[:2] - start[:2]
-    share = np.clip((point[:2] - start[:2]) @ along / (along @ along), 0, 1)
+    share = np.clip((point[:2] - start[:2]) @ along / max(float(along @ along), 1e-12), 0, 1)
     return float(np.linalg.norm(start[:2] + share * along - point[:2]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import scenes
 
@@ -14,7 +14,8 @@ class Task:
     instruction: `{color}` stands for the goal's. max_steps: of 12.5 ms; about twice what the expert
     needs, one and a half times for moving tasks. layout: draws the scene; without one MetaWorld's
     own reset does. tracking: the goal must be stayed at: the episode lasts max_steps and is scored
-    by the share of time on target. moving: the world does not wait.
+    by the share of time on target. moving: the world does not wait. clutter: how many coloured
+    things lie about that are seen and not touched.
     """
 
     base: str
@@ -23,6 +24,7 @@ class Task:
     layout: scenes.Layout | None = None
     tracking: bool = False
     moving: bool = False
+    clutter: int = 0
 
 
 TASKS = {
@@ -51,3 +53,7 @@ TASKS = {
         "push", "push the moving puck to the {color} ball", 110, scenes.push_conveyor, moving=True
     ),
 }
+
+CLUTTERED = ("reach", "push", "pick-place", "plate-slide", "faucet-open", "faucet-close")
+CLUTTER = 12
+TASKS |= {f"{task}-clutter": replace(TASKS[task], clutter=CLUTTER) for task in CLUTTERED}

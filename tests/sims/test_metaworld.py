@@ -7,7 +7,7 @@ import pytest
 
 import sims
 from sims.base import Environment, StepResult
-from sims.tasks import TASKS
+from sims.tasks import CLUTTERED, TASKS
 from stream.errors import UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("pictures")
@@ -196,3 +196,17 @@ def test_the_goal_is_seen(name: str) -> None:
             others = np.delete(image, channel[color], axis=2).max(2)
             seen += int((image[..., channel[color]] > others + 70).sum() > 8)
     assert seen >= 7
+
+
+@pytest.mark.parametrize("task", CLUTTERED)
+def test_clutter_is_seen_and_changes_nothing_else(task: str) -> None:
+    with sims.make(f"metaworld:{task}") as bare, sims.make(f"metaworld:{task}-clutter") as strewn:
+        assert bare.reset(4) == strewn.reset(4)
+        before, after = bare.observe().images, strewn.observe().images
+        for _ in range(20):
+            bare.step(bare.expert())
+            strewn.step(strewn.expert())
+    changed = (before["scene"] != after["scene"]).any(2).mean()
+    assert 0.005 < changed < 0.2
+    assert (before["wrist"] != after["wrist"]).any()
+    np.testing.assert_array_equal(bare._feel(), strewn._feel())
