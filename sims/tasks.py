@@ -55,5 +55,7 @@ TASKS = {
 }
 
 CLUTTERED = ("reach", "push", "pick-place", "plate-slide", "faucet-open", "faucet-close")
-CLUTTER = 12
+CLUTTER = 8
+"""Of 8, 12 and 16 the most at which the policy in the box, shown all tokens, still solves 80 % of
+the cluttered sight-critical tasks: 45 of 50, 74 of 100, 34 of 50 (10 to 20 seeds from 5000)."""
 TASKS |= {f"{task}-clutter": replace(TASKS[task], clutter=CLUTTER) for task in CLUTTERED}
