@@ -168,7 +168,7 @@ def missing(
 ) -> Iterator[tuple[Cell, Jobs]]:
     """The model's episodes that are not in the file yet: task by task, of each cell."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    own = [x for x in lines if x["model"] == model]
+    own = [x for x in lines if x.get("model", model) == model]
     done = {(x["method"], x["keep"], x["site"], x["task"], x["seed"]) for x in own}
     tasks = dict.fromkeys(name for name, _ in jobs)
     for task, cell in product(tasks, cells):

@@ -8,7 +8,6 @@ robot with three cameras is a grid of three frames; a camera that is missing lea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -126,7 +125,7 @@ class VLAPruner(BatchReducer):
     stale_s: float = Field(default=2.0, ge=0)
     refresh_every: int | None = Field(default=10, ge=2)
     camera_floor: float = Field(default=0.25, ge=0, le=1)
-    reach: float = Field(default=4.0, ge=1)
+    reach: int = Field(default=4, ge=1)
 
     @property
     def site(self) -> Site:
@@ -165,7 +164,7 @@ class VLAPruner(BatchReducer):
             unions.append(union)
             counts.append(count)
         if ready:
-            most = k + k if self.mode != "default" else math.ceil(2 * self.reach * k)
+            most = 2 * self._times * k
             kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k, most)
             for i, own in zip(ready, kept.view(len(ready), -1), strict=True):
                 plans[i] = Plan.keep(picks.places(own[tokens[i].index], k), tokens[i].n)
@@ -190,11 +189,11 @@ class VLAPruner(BatchReducer):
         guide = self.guide(history, max(tokens.pts_s), grid)
         if guide is None:
             count = self._share(_shares_of_one(score, present), present, k)
-            return picks.top_mask(score, self._reached(count)) & present, count
+            return picks.top_mask(score, count * self._times) & present, count
         action = guide.view(groups, -1).masked_fill(~present, -torch.inf)
         both = _shares_of_one(score, present) + _shares_of_one(action, present)
         count = self._share(both, present, k)
-        reached = self._reached(count)
+        reached = count * self._times
         if self.mode != "default":
             second = picks.top_mask(action, reached)
         elif self.refresh_every and history.pushed % self.refresh_every == 0:
@@ -235,9 +234,10 @@ class VLAPruner(BatchReducer):
             return [self.gamma ** (i + 1) for i in range(steps)]
         return [2.0 ** (-age / self.half_life_s) for age in ages_s]
 
-    def _reached(self, count: Tensor) -> Tensor:
-        """Size of a top set of each group, long [g], where `count` may stay."""
-        return count if self.mode != "default" else (count * self.reach).ceil().long()
+    @property
+    def _times(self) -> int:
+        """Size of a top set, as a multiple of what may stay."""
+        return self.reach if self.mode == "default" else 1
 
     def _share(self, score: Tensor, present: Tensor, k: int) -> Tensor:
         """Tokens for each group, long [g], sum k: floors first, then to the best scores anywhere.
