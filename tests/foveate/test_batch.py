@@ -167,7 +167,7 @@ def wait_for(videos: int, out: Path, driver: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_driver_goes_on(unbroken: Path, arguments: Arguments, tmp_path: Path) -> None:
-    """kill -9 after two videos, Ctrl-C after two more, then to the end."""
+    """kill -9 after two videos, Ctrl-C after one more, then to the end."""
     out = tmp_path / "out"
     driver = start(arguments(out, "--runner", "inline"))
     wait_for(2, out, driver)
@@ -178,7 +178,7 @@ def test_a_killed_driver_goes_on(unbroken: Path, arguments: Arguments, tmp_path:
     assert not (out / "results.jsonl").exists()
 
     driver = start(arguments(out, "--runner", "inline"))
-    wait_for(first + 2, out, driver)
+    wait_for(first + 1, out, driver)
     driver.send_signal(signal.SIGINT)
     said = driver.communicate()[1]
     assert driver.returncode == 130, said
