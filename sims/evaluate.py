@@ -237,12 +237,12 @@ def main() -> None:
     jobs = [(n, args.first_seed + i) for n in names for i in range(args.episodes)]
     methods = [m for m in args.methods.split(",") if m]
     cells = cells_of(methods, [float(k) for k in args.keep.split(",")], args.controls)
-    todo = list(missing(cells, jobs, args.out, Path(args.model).name))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     policy, lock = load(args.model, device=args.device), Lock()
     if not isinstance(policy, OpenVLAPolicy):
         raise ConfigError(f"'{args.model}' cannot play in batches; `foveate drive` plays it alone.")
+    todo = list(missing(cells, jobs, args.out, policy.spec.name))
     processes, slots = args.processes // args.at_once, min(args.slots, args.episodes)
     with ExitStack() as stack:
         pools: SimpleQueue[Pool] = SimpleQueue()
