@@ -139,6 +139,16 @@ class _Episode:
         memory = Memory(state={STATE: history})
         return reduce_stage(self.method, self.tokens(t), signals, Budget(budget), memory).anchor
 
+    def guide(self, t: int, history: AttentionHistory) -> Tensor:
+        """Smoothed action attention before step t, float32 [n]."""
+        return self.method.guide([history], [float(t)], self.grid, "cpu")[0]
+
+    def union(self, t: int, history: AttentionHistory, budget: int) -> Tensor:
+        """The tokens that step t may keep, bool [n]."""
+        place, score = torch.arange(self.grid.size)[None], self.score[t][None]
+        union, _ = self.method.candidates(place, score, [history], [float(t)], self.grid, budget)
+        return union.flatten()
+
     def after(self, t: int, history: AttentionHistory, kept: Tensor) -> AttentionHistory:
         index = kept if self.closed else torch.arange(self.grid.size)
         return history.push(self.vector[t][index], index, self.grid.size, time_s=float(t), epoch=0)
@@ -158,9 +168,8 @@ def _guide_case(m: re.Match[str], arrays: Arrays) -> list[Case]:
     ours = torch.zeros_like(episode.vector)
     mask = arrays[f"vp_{order}_{precision}_last_{loop}_k{keep}_mask"]
     for t, history in enumerate(episode.histories(mask)):
-        guide = episode.method.guide(history, float(t), episode.grid)
-        if len(history.glances) >= episode.method.window and guide is not None:
-            ours[t] = guide
+        if len(history.glances) >= episode.method.window:
+            ours[t] = episode.guide(t, history)
     rtol = FLOAT32_RTOL if precision == "f32" else BFLOAT16_STEP
     return [_case(m[0], differs("guides", ours, arrays[m[0]], rtol=rtol))]
 
@@ -194,16 +203,14 @@ def _step_differs(
     if not kept.numel() == expected.numel() == keep:
         return f"{kept.numel()} tokens, stored are {expected.numel()}, the budget is {keep}"
     if not clean:
-        guide = episode.method.guide(history, float(t), episode.grid)
-        assert guide is not None
-        may = _reaches_cut(guide, keep) | _reaches_cut(episode.score[t], keep)
+        may = _reaches_cut(episode.guide(t, history), keep) | _reaches_cut(episode.score[t], keep)
         inside = bool(may[kept].all()), bool(may[expected].all())
         return "" if all(inside) else f"kept sets (ours, stored) in a valid union: {inside}"
-    union, _ = episode.method.candidates(episode.tokens(t), episode.score[t], history, keep)
+    union = episode.union(t, history, keep)
     why = differs("kept", kept, expected.numpy())
     why = why or differs("union", union.sum(), step["union"])
     if not why and step["union"] > keep:
-        order = spread.farthest(episode.visual[t][None], union, keep)[0]
+        order = spread.farthest(episode.visual[t][None], union[None], keep)[0]
         why = differs("picks", order, step["pick"])
     return why
 

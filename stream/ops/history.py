@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +29,24 @@ class Glance:
     seen: Tensor
     time_s: float
 
-    def zero_filled(self) -> Tensor:
-        """float32 [n]: 0 where this step did not look, as the released VLA-Pruner has it."""
-        return torch.where(self.seen, self.value, 0.0)
+    @classmethod
+    def blank(cls, size: int, device: torch.device | str) -> Glance:
+        """A step that saw nothing, and nothing before it."""
+        value = torch.zeros(size, device=device)
+        return cls(value, torch.full_like(value, torch.inf), value.bool(), -math.inf)
 
-    def imputed(self, half_life_s: float) -> Tensor:
-        """float32 [n]: where this step did not look, the value last seen, halved each half-life."""
-        return self.value * torch.exp2(-self.age_s / half_life_s)
+
+def seen(glances: Sequence[Glance]) -> Tensor:
+    """float32 [m, n]: 0 where a step did not look, as the released VLA-Pruner has it."""
+    value = torch.stack([g.value for g in glances])
+    return value.masked_fill_(~torch.stack([g.seen for g in glances]), 0.0)
+
+
+def imputed(glances: Sequence[Glance], half_life_s: float) -> Tensor:
+    """float32 [m, n]: where a step did not look, the value last seen, halved each half-life."""
+    value = torch.stack([g.value for g in glances])
+    age_s = torch.stack([g.age_s for g in glances])
+    return value.mul_(age_s.div_(-half_life_s).exp2_())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 
 
-def top(score: Tensor, k: int) -> Tensor:
-    """Ascending indices of the k largest scores, long [..., min(k, n)]; ties go to lower indices.
+def best(score: Tensor, k: int) -> Tensor:
+    """Indices of the k largest scores, the largest first, long [..., min(k, n)]; ties go to lower
+    indices. score: [..., n]."""
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :k]
 
-    score: [..., n].
-    """
-    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values
+
+def top(score: Tensor, k: int) -> Tensor:
+    """The same in ascending order."""
+    return best(score, k).sort(dim=-1).values
 
 
 def top_mask(score: Tensor, k: Tensor) -> Tensor:
-    """Row-wise `top` with a count of its own for each row, bool [r, n].
+    """Row-wise `top` with a count of its own for each row, bool [..., n].
 
-    score: [r, n]; k: long [r].
+    score: [..., n]; k: long [...], or what broadcasts to it.
     """
-    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
-    return rank < k[:, None]
+    n = score.shape[-1]
+    order = best(score, n)
+    among = torch.arange(n, device=score.device) < k[..., None]
+    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, among.expand_as(order))
 
 
 def top_places(score: Tensor, pick: Tensor, base: Tensor) -> Tensor:

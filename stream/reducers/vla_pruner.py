@@ -19,7 +19,7 @@ from ..data import Budget, PatchGrid, VisualTokens
 from ..errors import ValueShapeError
 from ..memory import Memory
 from ..ops import picks, spread
-from ..ops.history import LONGEST, AttentionHistory
+from ..ops.history import LONGEST, AttentionHistory, Glance, imputed, seen
 from ..plan import Plan
 from ..signals import Signal, Signals
 from .base import BatchReducer, Site
@@ -150,80 +150,104 @@ class VLAPruner(BatchReducer):
         budget: Budget,
         memories: Sequence[Memory],
     ) -> list[Plan]:
-        """The filter, a chain of as many picks as the budget, runs once for all streams."""
-        k, plans = budget.tokens, [Plan.identity(t.n, t.x.device) for t in tokens]
-        ready, features, unions, counts = [], [], [], []
-        for i, (video, memory) in enumerate(zip(tokens, memories, strict=True)):
-            semantic = signals[i][SIGNAL_OF[self.semantic]].detach()
-            x = video.x if self.layer is None else signals[i][Signal.INPUT_EMBEDDINGS]
-            if not self.is_ready(memory):
-                continue
-            union, count = self.candidates(video, semantic, _history(memory), k)
-            ready.append(i)
-            features.append(_on_grid(x.detach(), video, 0.0))
-            unions.append(union)
-            counts.append(count)
+        """All streams take every step together; they share a grid."""
+        scores = [s[SIGNAL_OF[self.semantic]].detach() for s in signals]
+        features = [
+            (t.x if self.layer is None else s[Signal.INPUT_EMBEDDINGS]).detach()
+            for t, s in zip(tokens, signals, strict=True)
+        ]
+        ready = [i for i, memory in enumerate(memories) if self.is_ready(memory)]
+        kept: dict[int, Tensor] = {}
         if ready:
-            most = 2 * self._times * k
-            kept = _thin_out(torch.cat(features), torch.cat(unions), torch.cat(counts), k, most)
-            for i, own in zip(ready, kept.view(len(ready), -1), strict=True):
-                plans[i] = Plan.keep(picks.places(own[tokens[i].index], k), tokens[i].n)
-        return plans
+            place = torch.stack([tokens[i].index for i in ready])
+            score = torch.stack([scores[i] for i in ready])
+            histories = [_history(memories[i]) for i in ready]
+            now_s = [max(tokens[i].pts_s) for i in ready]
+            union, count = self.candidates(
+                place, score, histories, now_s, tokens[0].grid, budget.tokens
+            )
+            x = torch.cat([features[i] for i in ready])
+            most = 2 * self._times * budget.tokens
+            thinned = _thin_out(x, place, union, count, budget.tokens, most)
+            kept = dict(zip(ready, thinned, strict=True))
+        return [
+            Plan.keep(kept[i], t.n) if i in kept else Plan.identity(t.n, t.x.device)
+            for i, t in enumerate(tokens)
+        ]
 
     def is_ready(self, memory: Memory) -> bool:
         return self.mode == "default" or len(_history(memory).glances) >= self.window
 
     def candidates(
-        self, tokens: VisualTokens, semantic: Tensor, history: AttentionHistory, k: int
+        self,
+        place: Tensor,
+        semantic: Tensor,
+        histories: Sequence[AttentionHistory],
+        now_s: Sequence[float],
+        grid: PatchGrid,
+        k: int,
     ) -> tuple[Tensor, Tensor]:
-        """(bool [g, p], long [g]): the union of the top sets, and how many of it may stay.
+        """(bool [b, g, p], long [b, g]): the union of the top sets, and how many of it may stay.
 
-        A group is a camera in the default mode, the whole grid otherwise. semantic: float [n].
-        Raises ValueShapeError if the history is of another grid.
+        A group is a camera in the default mode, the whole grid otherwise.
+        place: long [b, n], of each token in the grid; semantic: float [b, n]; now_s: of each
+        stream. Raises ValueShapeError if a history is of another grid.
         """
-        grid = tokens.grid
         groups = grid.frames if self.mode == "default" else 1
-        present = _on_grid(torch.ones_like(semantic, dtype=torch.bool), tokens, False)
-        present = present.view(groups, -1)
-        score = _on_grid(semantic, tokens, -torch.inf).view(groups, -1)
-        guide = self.guide(history, max(tokens.pts_s), grid)
-        if guide is None:
-            count = self._share(_shares_of_one(score, present), present, k)
-            return picks.top_mask(score, count * self._times) & present, count
-        action = guide.view(groups, -1).masked_fill(~present, -torch.inf)
-        both = _shares_of_one(score, present) + _shares_of_one(action, present)
-        count = self._share(both, present, k)
-        reached = count * self._times
-        if self.mode != "default":
-            second = picks.top_mask(action, reached)
-        elif self.refresh_every and history.pushed % self.refresh_every == 0:
-            phase = history.pushed // self.refresh_every * 0.6180339887498949
-            even = spread.even(grid.rows, grid.cols, phase, present.device)
-            second = picks.top_mask(torch.where(present, even, -torch.inf), reached)
-        else:
-            second = picks.top_mask(action, reached) & (action > 0)
-        return (picks.top_mask(score, reached) | second) & present, count
-
-    def guide(self, history: AttentionHistory, now_s: float, grid: PatchGrid) -> Tensor | None:
-        """Smoothed action attention, float32 [grid.size] with sum 1; None where none is known."""
-        past = history.glances[: -self.window - 1 : -1]
+        score = semantic.new_full((len(place), grid.size), -torch.inf).scatter_(1, place, semantic)
+        absent = score == -torch.inf
+        action = self.guide(histories, now_s, grid, score.device)
         if self.mode == "default":
-            past = tuple(g for g in past if now_s - g.time_s <= self.stale_s)
-        if not past:
-            return None
-        if past[0].value.numel() != grid.size:
-            raise ValueShapeError(
-                f"The action attention covers {past[0].value.numel()} places, the grid "
-                f"{grid.size}; begin a new episode when the cameras change."
-            )
-        total = torch.zeros_like(past[0].value)
-        ages_s = [max(now_s - g.time_s, 0.0) for g in past]
-        for weight, glance in zip(self.weights(ages_s), past, strict=True):
-            impute = self.mode == "default"
-            value = glance.imputed(self.half_life_s) if impute else glance.zero_filled()
-            total = total + weight * value
-        total = total / total.sum().clamp_min(torch.finfo(total.dtype).tiny)
+            action = torch.where(action > 0, action, -torch.inf)
+        levels = torch.stack([score, action]).masked_fill_(absent, -torch.inf)
+        both = _shares_of_one(levels).sum(0).masked_fill_(absent, -torch.inf)
+        count = self._share(both.view(len(place), groups, -1), k)
+        levels = levels.view(2, len(place), groups, -1)
+        for i, history in enumerate(histories):
+            phase = self._refresh_phase(history, now_s[i])
+            if phase is not None:
+                even = spread.even(grid.rows, grid.cols, phase, score.device)
+                levels[1, i] = torch.where(absent[i].view(groups, -1), -torch.inf, even)
+        tops = picks.top_mask(levels, count * self._times) & (levels > -torch.inf)
+        return tops.any(0), count
+
+    def guide(
+        self,
+        histories: Sequence[AttentionHistory],
+        now_s: Sequence[float],
+        grid: PatchGrid,
+        device: torch.device | str,
+    ) -> Tensor:
+        """Smoothed action attention, float32 [b, grid.size], each with sum 1; 0 where none is
+        known."""
+        glances: list[Glance] = []
+        weights: list[float] = []
+        for history, now in zip(histories, now_s, strict=True):
+            past = self._past(history, now)
+            for glance in past[:1]:
+                _check_size(glance, grid)
+            spare = self.window - len(past)
+            glances += [*past, *(past[:1] or (Glance.blank(grid.size, device),)) * spare]
+            weights += [*self.weights([max(now - g.time_s, 0.0) for g in past]), *[0.0] * spare]
+        each = imputed(glances, self.half_life_s) if self.mode == "default" else seen(glances)
+        torch._foreach_mul_(each.unbind(), weights)
+        total = each.view(len(histories), self.window, -1).sum(1)
+        total = total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
         return total.to(getattr(torch, self.guide_dtype)).float()
+
+    def _past(self, history: AttentionHistory, now_s: float) -> tuple[Glance, ...]:
+        """The steps that count, newest first."""
+        past = history.glances[: -self.window - 1 : -1]
+        if self.mode != "default":
+            return past
+        return tuple(g for g in past if now_s - g.time_s <= self.stale_s)
+
+    def _refresh_phase(self, history: AttentionHistory, now_s: float) -> float | None:
+        """Of the even grid that stands in for the action attention; None if nothing does."""
+        if self.mode != "default" or not self.refresh_every or not self._past(history, now_s):
+            return None
+        turn, step = divmod(history.pushed, self.refresh_every)
+        return turn * 0.6180339887498949 if step == 0 else None
 
     def weights(self, ages_s: list[float]) -> list[float]:
         """Weight of each past step, newest first. ages_s: newest first, seconds."""
@@ -239,46 +263,53 @@ class VLAPruner(BatchReducer):
         """Size of a top set, as a multiple of what may stay."""
         return self.reach if self.mode == "default" else 1
 
-    def _share(self, score: Tensor, present: Tensor, k: int) -> Tensor:
-        """Tokens for each group, long [g], sum k: floors first, then to the best scores anywhere.
+    def _share(self, score: Tensor, k: int) -> Tensor:
+        """Tokens for each group, long [b, g], sum k: floors first, then the best scores anywhere.
 
-        score: [g, p], -inf where not present.
+        score: [b, g, p], -inf where there is no token.
         """
-        groups = score.shape[0]
-        total = torch.full((1,), k, device=score.device)
+        streams, groups, _ = score.shape
         if groups == 1:
-            return total
-        floor = torch.full((groups,), int(self.camera_floor * k / groups), device=score.device)
-        floored = score.masked_fill(picks.top_mask(score, floor) & present, torch.inf)
-        taken = picks.top_mask(floored.view(1, -1), total)
-        return taken.view(groups, -1).sum(-1)
+            return torch.full((streams, 1), k, device=score.device)
+        floor = picks.best(score, int(self.camera_floor * k / groups))
+        floored = score.scatter(-1, floor, torch.inf).masked_fill_(score == -torch.inf, -torch.inf)
+        first = picks.best(floored.view(streams, -1), k)
+        taken = torch.zeros_like(score, dtype=torch.bool).view(streams, -1).scatter_(1, first, True)
+        return taken.view_as(score).sum(-1)
 
 
-def _on_grid(x: Tensor, tokens: VisualTokens, absent: float) -> Tensor:
-    """x [n, ...] at its places: [grid.size, ...]; `absent` where the grid has no token."""
-    out = x.new_full((tokens.grid.size, *x.shape[1:]), absent)
-    return out.index_copy_(0, tokens.index, x)
+def _check_size(glance: Glance, grid: PatchGrid) -> None:
+    if glance.value.numel() != grid.size:
+        raise ValueShapeError(
+            f"The action attention covers {glance.value.numel()} places, the grid "
+            f"{grid.size}; begin a new episode when the cameras change."
+        )
 
 
-def _shares_of_one(score: Tensor, present: Tensor) -> Tensor:
-    """Scores scaled to sum 1 over what is present; -inf elsewhere."""
-    total = torch.where(present, score, 0.0).sum()
-    return score / total.clamp_min(torch.finfo(score.dtype).tiny)
+def _shares_of_one(score: Tensor) -> Tensor:
+    """Scores [..., n] scaled to sum 1; 0 where they are -inf."""
+    score = torch.where(score > -torch.inf, score, 0.0)
+    return score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
 
 
-def _thin_out(x: Tensor, candidate: Tensor, count: Tensor, k: int, most: int) -> Tensor:
-    """The `count` most diverse candidates of each group, bool [g * p], k in all of a stream.
+def _thin_out(
+    x: Tensor, place: Tensor, candidate: Tensor, count: Tensor, k: int, most: int
+) -> Tensor:
+    """The `count` most diverse candidates of each group, as tokens in order, long [b, k].
 
-    x: [g * p, d]; candidate: bool [g, p] with at least `count` (long [g]) and at most `most` in
-    each group, so the filter runs on so many rows, without asking the device how many there are.
+    x: [b * n, d]; place: long [b, n]; count: long [b, g], sum k; candidate: bool [b, g, p] with at
+    least `count` and at most `most` in each group, so the filter runs on so many rows, without
+    asking the device how many there are.
     """
-    groups, size = candidate.shape
-    width = min(most, size)
-    order = torch.sort(candidate.byte(), dim=-1, descending=True, stable=True).indices[:, :width]
-    place = order + torch.arange(groups, device=x.device)[:, None] * size
-    chosen = spread.farthest(x[place], candidate.gather(1, order), min(k, width))
-    within = torch.arange(chosen.shape[1], device=x.device) < count[:, None]
-    spare = torch.zeros(groups, width + 1, dtype=torch.bool, device=x.device)
-    kept = spare.scatter_(1, torch.where(within, chosen, width), True)[:, :width]
-    out = torch.zeros(groups * size, dtype=torch.bool, device=x.device)
-    return out.index_put_((place,), kept)
+    streams, n = place.shape
+    width = min(most, candidate.shape[-1])
+    order = torch.sort(candidate.byte(), dim=-1, descending=True, stable=True).indices
+    order = order[..., :width]
+    token = torch.arange(streams * n, device=x.device).view(streams, n)
+    at = torch.zeros_like(candidate, dtype=torch.long).view(streams, -1).scatter_(1, place, token)
+    row = at.view_as(candidate).gather(-1, order)
+    valid = candidate.gather(-1, order)
+    picked = spread.farthest(x[row].flatten(0, 1), valid.flatten(0, 1), min(k, width))
+    within = torch.arange(picked.shape[1], device=x.device) < count[..., None]
+    chosen = row.gather(-1, picked.clamp_min_(0).view_as(within))
+    return torch.where(within, chosen, streams * n).flatten(1).sort().values[:, :k] % n

@@ -19,8 +19,8 @@ from stream.errors import ConfigError, SignalError, ValueShapeError
 from stream.golden import Case, check_folder
 from stream.memory import Memory
 from stream.ops import picks, spread
-from stream.ops.history import LONGEST, AttentionHistory
-from stream.reducers.base import INPUT, reduce_stage
+from stream.ops.history import LONGEST, AttentionHistory, imputed, seen
+from stream.reducers.base import INPUT, reduce_batch, reduce_stage
 from stream.reducers.vla_pruner import (
     SIGNAL_OF,
     STATE,
@@ -232,8 +232,8 @@ def test_a_value_not_seen_again_is_halved_each_half_life_not_zeroed() -> None:
     )
     history = history.push(torch.tensor([6.0]), torch.tensor([0]), 3, time_s=1.5, epoch=0)
     last = history.glances[-1]
-    assert last.imputed(0.5).tolist() == [6.0, 4.0, 0.0]
-    assert last.zero_filled().tolist() == [6.0, 0.0, 0.0]
+    assert imputed([last], 0.5).tolist() == [[6.0, 4.0, 0.0]]
+    assert seen([last]).tolist() == [[6.0, 0.0, 0.0]]
     assert last.age_s.tolist() == [0.0, 0.5, float("inf")]
 
 
@@ -291,6 +291,21 @@ def scene(
     x = torch.randn(grid.size, 6, generator=draw)[index]
     tokens = VisualTokens(x, index, grid, (time_s,) * grid.frames)
     return tokens, Signals(values | {Signal.INPUT_EMBEDDINGS: x})
+
+
+def candidates(
+    method: VLAPruner, tokens: VisualTokens, score: Tensor, history: AttentionHistory, k: int
+) -> tuple[Tensor, Tensor]:
+    """(bool [g, p], long [g]) of one stream."""
+    union, count = method.candidates(
+        tokens.index[None], score[None], [history], [max(tokens.pts_s)], tokens.grid, k
+    )
+    return union[0], count[0]
+
+
+def guide_of(method: VLAPruner, history: AttentionHistory, now_s: float, grid: PatchGrid) -> Tensor:
+    """float32 [grid.size] of one stream."""
+    return method.guide([history], [now_s], grid, "cpu")[0]
 
 
 def step(
@@ -351,13 +366,12 @@ def test_budgets_are_exact_and_kept_tokens_come_from_the_union(
         if fits or warming_up:
             continue
         score = signals[SIGNAL_OF[semantic]]
-        union, count = method.candidates(tokens, score, history, k)
+        union, count = candidates(method, tokens, score, history, k)
         assert int(count.sum()) == k
         assert bool(union.flatten()[kept].all())
         assert k <= int(union.sum()) <= 2 * k
         if mode != "default":
-            guide = method.guide(history, memory.tick * 0.1, grid)
-            assert guide is not None
+            guide = guide_of(method, history, memory.tick * 0.1, grid)
             tops = (present[picks.top(s, k)].tolist() for s in (score, guide[present]))
             assert set(union.flatten().nonzero()[:, 0].tolist()) == set().union(*tops)
 
@@ -378,9 +392,9 @@ def test_the_first_step_keeps_the_semantic_top_set() -> None:
 def test_stale_action_attention_is_not_used() -> None:
     method, memory = VLAPruner(stale_s=2.0), episode()
     remember(memory, torch.rand(64), torch.arange(64), GRID, time_s=0.0, epoch=0)
-    fresh, late = (method.guide(memory.state[STATE], now_s, GRID) for now_s in (2.0, 2.1))
-    assert fresh is not None
-    assert late is None
+    fresh, late = (guide_of(method, memory.state[STATE], now_s, GRID) for now_s in (2.0, 2.1))
+    assert float(fresh.sum()) == pytest.approx(1)
+    assert not late.any()
 
 
 def test_what_the_actions_look_at_is_kept_against_semantics() -> None:
@@ -395,7 +409,7 @@ def test_what_the_actions_look_at_is_kept_against_semantics() -> None:
     memory = episode()
     remember(memory, looked_at, torch.arange(64), GRID, time_s=0.0, epoch=0)
     method = VLAPruner(reach=1)
-    union, _ = method.candidates(tokens, score, memory.state[STATE], 8)
+    union, _ = candidates(method, tokens, score, memory.state[STATE], 8)
     assert union[0].nonzero()[:, 0].tolist() == [*range(8), *range(40, 44)]
     assert reduce_stage(method, tokens, signals, Budget(8), memory).k == 8
 
@@ -407,7 +421,7 @@ def test_a_wider_reach_widens_the_top_sets_and_keeps_the_budget() -> None:
         method, memory = VLAPruner(reach=reach), episode()
         remember(memory, torch.rand(64), torch.arange(64), GRID, time_s=0.0, epoch=0)
         score = signals[Signal.TEXT_ROWS]
-        union, count = method.candidates(tokens, score, memory.state[STATE], 8)
+        union, count = candidates(method, tokens, score, memory.state[STATE], 8)
         assert reduce_stage(method, tokens, signals, Budget(8), memory).k == int(count.sum()) == 8
         sizes.append(int(union.sum()))
     assert 8 <= sizes[0] < sizes[1] < sizes[2] <= 64
@@ -463,8 +477,7 @@ def test_a_camera_that_drops_out_returns_with_its_decayed_attention() -> None:
     looked = torch.arange(32.0) + 1
     remember(memory, looked, torch.arange(32), grid, time_s=0.0, epoch=0)
     remember(memory, looked[:16], torch.arange(16), grid, time_s=0.1, epoch=0)
-    guide = method.guide(memory.state[STATE], 0.1, grid)
-    assert guide is not None
+    guide = guide_of(method, memory.state[STATE], 0.1, grid)
     ratio = guide / looked
     weights, values = (1.0, 0.5), (0.5, 1.0)
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
@@ -489,13 +502,39 @@ def test_nothing_crosses_from_one_episode_to_the_next(seed: int, mode: Any) -> N
         assert torch.equal(*(step(method, m, seed + tick, 9) for m in (fresh, used)))
 
 
+@settings(max_examples=60)
+@given(SEED, st.sampled_from(MODES), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.data())
+def test_a_batch_decides_as_each_alone(
+    seed: int, mode: Any, cameras: int, reach: int, data: st.DataObject
+) -> None:
+    """Streams differ in history, in refresh ticks, in stale steps and in places without a token."""
+    grid, draw = PatchGrid(cameras, 4, 5), torch.Generator().manual_seed(seed)
+    method = VLAPruner(mode=mode, semantic="last", refresh_every=2, reach=reach)
+    n = data.draw(st.integers(2, grid.size))
+    streams = []
+    for pushed in data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)):
+        memory, now_s = episode(), data.draw(st.sampled_from([0.6, 2.2, 9.0]))
+        for t in range(pushed):
+            seen_at = torch.randperm(grid.size, generator=draw)[:n]
+            looked = torch.randint(0, 3, (n,), generator=draw).float()
+            remember(memory, looked, seen_at, grid, time_s=t * 0.1, epoch=0)
+        present = torch.randperm(grid.size, generator=draw)[:n].sort().values
+        streams.append((*scene(seed + pushed, grid, present, now_s), memory))
+    budgets = [Budget(data.draw(st.integers(1, n)))] * len(streams)
+    tokens, signals, memories = map(list, zip(*streams, strict=True))
+    together = reduce_batch(method, tokens, signals, budgets, memories)
+    for plan, (video, known, memory) in zip(together, streams, strict=True):
+        alone = reduce_stage(method, video, known, budgets[0], memory)
+        assert torch.equal(plan.anchor, alone.anchor)
+
+
 def test_a_newer_epoch_forgets_values_and_ages() -> None:
     memory = episode(0)
     remember(memory, torch.ones(64), torch.arange(64), GRID, time_s=50.0, epoch=0)
     remember(memory, torch.ones(3), torch.arange(3), GRID, time_s=0.0, epoch=1)
     history = memory.state[STATE]
     assert (history.epoch, history.pushed, len(history.glances)) == (1, 1, 1)
-    assert history.glances[0].imputed(0.5)[3:].sum() == 0
+    assert imputed(history.glances, 0.5)[0, 3:].sum() == 0
 
 
 @given(SEED, st.sampled_from(MODES))
