@@ -22,42 +22,40 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
     the picks for k = m. A group with fewer than k valid points ends in -1.
 
     x: [b, n, d], a zero vector is at distance 1 from all; valid: bool [b, n].
-    All distances are taken once, then a pick costs one row of them and no host synchronisation. A
-    point's distance to itself counts as -inf, so what was picked is never the farthest again.
+    All distances are taken once, then a pick costs one row of them and no host synchronisation.
     Source: VLA-Pruner (arXiv 2511.16449), redundancy filter; max-min diversity of DivPrune.
     """
     b, n, _ = x.shape
     if n == 0 or k == 0:
         return torch.full((b, k), -1, device=x.device)
     distance = 1.0 - pairwise_cosine(x.detach())
-    itself = torch.eye(n, dtype=torch.bool, device=x.device)
-    barred = itself | ~valid[:, None, :]
-    isolation = distance.masked_fill(barred, torch.inf).amin(-1)
-    first = isolation.masked_fill(~valid, -torch.inf).argmax(-1)
-    distance.masked_fill_(barred, -torch.inf)
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    isolation = torch.where(valid[:, None, :], distance, torch.inf).amin(-1)
+    isolation.masked_fill_(~valid, -torch.inf)
     one_kernel = _one_kernel(n) if distance.is_cuda else None
-    picks = (one_kernel or chain)(distance, first, min(k, n))
-    spent = torch.arange(picks.shape[1], device=x.device) >= valid.sum(-1, keepdim=True)
-    return F.pad(picks.masked_fill(spent, -1), (0, k - picks.shape[1]), value=-1)
+    picks = (one_kernel or chain)(distance, isolation, min(k, n))
+    return F.pad(picks, (0, k - n), value=-1) if k > n else picks
 
 
-def chain(distance: Tensor, first: Tensor, k: int) -> Tensor:
-    """`first` and k - 1 more picks, each farthest from those before it, long [b, k].
+def chain(distance: Tensor, isolation: Tensor, k: int) -> Tensor:
+    """k picks, the first the most isolated, each other farthest from those before, long [b, k].
 
-    distance: float32 [b, n, n], -inf from a point to itself and to what may not be picked; where
-    nothing is left, 0 is picked. first: long [b]; k: 1..n.
+    distance: float32 [b, n, n]. isolation: float32 [b, n], -inf for what may not be picked. k:
+    1..n; where nothing is left, -1 is picked.
     """
-    b, n, _ = distance.shape
+    b = distance.shape[0]
     picks = torch.empty(b, k, dtype=torch.long, device=distance.device)
-    nearest = torch.full((b, n), torch.inf, device=distance.device)
-    chosen = first[:, None]
+    allowed = isolation > -torch.inf
+    nearest = torch.where(allowed, torch.inf, -torch.inf)
+    chosen = isolation.argmax(-1, keepdim=True)
     for rank in range(k):
         picks[:, rank : rank + 1] = chosen
-        torch.minimum(
-            nearest, torch.take_along_dim(distance, chosen[..., None], 1)[:, 0], out=nearest
-        )
+        row = torch.take_along_dim(distance, chosen[..., None], 1)[:, 0]
+        torch.minimum(nearest, row, out=nearest)
+        nearest.scatter_(1, chosen, -torch.inf)
         chosen = nearest.argmax(-1, keepdim=True)
-    return picks
+    spent = torch.arange(k, device=distance.device) >= allowed.sum(-1, keepdim=True)
+    return picks.masked_fill_(spent, -1)
 
 
 def _one_kernel(n: int) -> Callable[[Tensor, Tensor, int], Tensor] | None:
@@ -74,7 +72,7 @@ def _compiled() -> ModuleType | None:
         from . import spread_cuda
 
         distance = torch.zeros(1, 2, 2, device="cuda")
-        spread_cuda.chain(distance, torch.zeros(1, device="cuda").long(), 2)
+        spread_cuda.chain(distance, distance[:, 0], 2)
         return spread_cuda
 
     return built(run, "Farthest picks are launched one by one")

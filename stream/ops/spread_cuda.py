@@ -12,20 +12,22 @@ LARGEST = 8192
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _chain(distance, first, picks, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _chain(distance, isolation, picks, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     group = tl.program_id(0).to(tl.int64)
     point = tl.arange(0, BLOCK)
     exists = point < n
-    nearest = tl.where(exists, float("inf"), float("-inf"))
-    chosen = tl.load(first + group)
+    alone = tl.load(isolation + group * n + point, mask=exists, other=float("-inf"))
+    nearest = tl.where(alone > float("-inf"), float("inf"), float("-inf"))
+    most, chosen = tl.max(alone, 0, return_indices=True)
     for rank in range(k):
-        tl.store(picks + group * k + rank, chosen)
+        tl.store(picks + group * k + rank, tl.where(most > float("-inf"), chosen, -1))
         row = distance + (group * n + chosen) * n
         nearest = tl.minimum(nearest, tl.load(row + point, mask=exists, other=float("-inf")))
-        chosen = tl.argmax(nearest, 0).to(tl.int64)
+        nearest = tl.where(point == chosen, float("-inf"), nearest)
+        most, chosen = tl.max(nearest, 0, return_indices=True)
 
 
-def chain(distance: Tensor, first: Tensor, k: int) -> Tensor:
+def chain(distance: Tensor, isolation: Tensor, k: int) -> Tensor:
     """As `spread.chain`, of at most LARGEST points a group."""
     groups, n, _ = distance.shape
     picks = torch.empty(groups, k, dtype=torch.long, device=distance.device)
@@ -33,6 +35,6 @@ def chain(distance: Tensor, first: Tensor, k: int) -> Tensor:
     warps = min(max(block // 256, 1), 16)
     with torch.cuda.device_of(distance):
         _chain[(groups,)](
-            distance.contiguous(), first.contiguous(), picks, n, k, block, num_warps=warps
+            distance.contiguous(), isolation.contiguous(), picks, n, k, block, num_warps=warps
         )
     return picks
