@@ -273,7 +273,7 @@ class FixedArm(Arm):
         tokens = [self.decoder.token.clone()]
         with clock.stage("tokens"):
             for _ in range(self.subject.prompt.decode):
-                self.decoder.step(self.bucket)
+                self.decoder.step(self.decoder.widths(self.bucket))
                 tokens.append(self.decoder.token.clone())
         return torch.cat(tokens, 1)
 
@@ -366,5 +366,6 @@ class AttachedArm(FixedArm):
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
         with clock.stage("question"):
             self.decoder.rewind()
-            self.said = self.decoder.extend(self.bucket, self.after[:, 1:], self._question)
+            widths = self.decoder.widths(self.bucket)
+            self.said = self.decoder.extend(widths, self.after[:, 1:], self._question)
         return self._decoded(clock)

@@ -19,10 +19,11 @@ def static_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    is_causal: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [b, h, n, d], key and value [b, h_kv, m, d], mask None for a causal one
-    or added, [b, 1, n, m].
+    """query [b, h, n, d], key and value [b, h_kv, m, d]; mask added, [b, 1, n, m], or None, where
+    queries see all keys, or those up to their own if `is_causal`.
 
     With a mask, the queries that share a key head are taken as one head's rows.
     """
@@ -30,7 +31,7 @@ def static_sdpa(
     groups = h // key.shape[1]
     if attention_mask is None:
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=n > 1, scale=scaling, enable_gqa=groups > 1
+            query, key, value, is_causal=is_causal and n > 1, scale=scaling, enable_gqa=groups > 1
         )
     else:
         rows = query.reshape(b, key.shape[1], groups * n, d)

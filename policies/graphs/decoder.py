@@ -1,16 +1,9 @@
-"""A decoder model in fixed shapes: prefill, more text behind a prefix, and decode steps.
-
-The layers are the model's own, in fewer kernels where their type is known (`layer`), called one
-by one with explicit rotary tables, masks and a static cache. Text behind the video is padded on the
-right: under a causal mask nothing real sees the padding, and what is decoded overwrites it.
-"""
+"""A decoder model in fixed shapes: prefill, more text behind it, and decode steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,56 +15,34 @@ from stream.memory import Memory
 from stream.reducers.base import Reducer, reduce_stage
 from stream.signals import Signal, Signals
 
-from ..probes import Attention, Probe, probing
+from ..probes import Attention, Probe
 from ..query_rows import ROW_SIGNALS, QueryRows
-from .attention import NAME, register
 from .buckets import Bucket, Section, sections
-from .cache import StaticCache
 from .capture import GraphPool, Program
-from .layer import lean
-
-ALIGN = 64
-"""Key widths are multiples of this, as masked attention kernels want them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What the probes must know of the pass that runs.
-
-    start, visual: first visual place, and visual tokens by now. queries: of a prefill. last: the
-    last real row of the pass, long [b, 1].
-    """
-
-    start: int
-    visual: int
-    queries: QueryRows | None
-    last: Tensor
+from .continuation import ALIGN, Continuation, Pass, Widths, rows_of
 
 
 @dataclass(slots=True)
 class _Shape:
-    """A bucket worked out for one model: visual tokens and key widths by section, its programs."""
+    """A bucket worked out for one model: visual tokens and key widths by section, its prefill."""
 
     visual: tuple[int, ...]
-    widths: tuple[int, ...]
+    widths: Widths
     prefill: Program
-    extend: Program
-    step: Program
 
 
-class StaticDecoder:
+class StaticDecoder(Continuation):
     """Runs the text model of `batch` requests of one bucket at a time; a context manager.
 
-    head: what the last hidden states go through, the model's own head or an action head.
-    stages: reducers that act inside the model. watch: layers of one section whose attention from
-        each prompt's last row and each decoded token to the visual tokens is summed in `looked`
-        (float32 [batch, visual]); `anchor` (long, alike) holds the places of those tokens.
-    read: how many of the last real places go through `head`.
-    bidirectional: the prompt sees itself whole, as parallel action decoding wants it.
+    Prompts are padded on the right, as texts behind them are. What a `Continuation` is given holds
+    here too; `extend` and `step` take the `widths` of a bucket.
+
+    stages: reducers that act inside the model.
+    bidirectional: the prompt sees itself whole too, and must fill its bucket.
     memory: what the stages remember of each request; a captured graph keeps what it first gave.
 
-    After `prefill`, `extend` and every `step`, `token` (long [batch, 1]) holds the greedy next
-    token, which `step` takes as its input. All calls belong under `torch.inference_mode`.
+    After `prefill`, `anchor` (long [batch, visual]) holds the places in the grid of the visual
+    tokens that are left in the last section; `looked` begins anew.
     """
 
     def __init__(
@@ -88,65 +59,26 @@ class StaticDecoder:
         bidirectional: bool = False,
         memory: Callable[[], Memory] = Memory,
     ) -> None:
-        self._model: Any = text_model
-        self._layers = cast(nn.ModuleList, text_model.layers)
-        self._lean = [lean(layer) for layer in self._layers]
-        self._head, self._read, self._causal = head, read, not bidirectional
-        self.sections = sections(stages, len(self._layers))
-        self._watch, self._memory = tuple(watch), memory
-        watched = {next(s for s in self.sections if i in s.layers) for i in self._watch}
-        if len(watched) > 1:
-            raise AttachError(f"Layers {list(watch)} hold different tokens; watch one section.")
-        weight = next(text_model.parameters())
-        self._batch, self._device = batch, weight.device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-
-        config = text_model.config
-        parameters = getattr(config, "rope_parameters", None) or {}
-        axes = (3,) if "mrope_section" in parameters else ()
-        visual = max(b.visual for b in buckets)
-        self.token = zeros(batch, 1)
-        self.looked = zeros(batch, visual, dtype=torch.float32)
-        self.anchor = zeros(batch, visual)
-        self._position = zeros(*axes, batch, 1)
-        self._held = zeros(len(self.sections), batch)
-        self._mark = (self._position.clone(), self._held.clone())
-        self._pass: _Pass | None = None
-        self._signals: dict[int, dict[Signal, Tensor]] = {}
-        self._shapes = {bucket: self._shape(bucket, pool) for bucket in buckets}
-        capacities = [
-            max(shape.widths[i] for shape in self._shapes.values())
-            for i, section in enumerate(self.sections)
-            for _ in section.layers
-        ]
-        heads = int(config.num_attention_heads)
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.cache = StaticCache(
-            capacities,
-            batch,
-            int(config.num_key_value_heads),
-            int(head_size),
-            weight.dtype,
-            self._device,
+        parts = sections(stages, int(text_model.config.num_hidden_layers))
+        shapes = {bucket: _visual_and_widths(bucket, parts) for bucket in buckets}
+        super().__init__(
+            text_model,
+            head,
+            parts,
+            [max(widths) for widths in zip(*(w for _, w in shapes.values()), strict=True)],
+            pool,
+            batch=batch,
+            watch=watch,
+            read=read,
+            bidirectional=bidirectional,
         )
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        register()
-        before = str(self._model.config._attn_implementation)
-        with ExitStack() as stack:
-            self._model.set_attn_implementation(NAME)
-            stack.callback(self._model.set_attn_implementation, before)
-            requests = self._probes()
-            if requests:
-                stack.enter_context(probing(self._model, requests))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        self._memory = memory
+        self.anchor = self.token.new_zeros(batch, max(b.visual for b in buckets))
+        self._signals: dict[int, dict[Signal, Tensor]] = {}
+        self._shapes = {
+            bucket: _Shape(visual, widths, self._prefill_program(bucket))
+            for bucket, (visual, widths) in shapes.items()
+        }
 
     def prefill(
         self, bucket: Bucket, embeds: Tensor, position_ids: Tensor, lengths: Tensor, anchor: Tensor
@@ -158,27 +90,12 @@ class StaticDecoder:
         each visual token in the grid.
         """
         (said,) = self._shape_of(bucket).prefill(embeds, position_ids, lengths, anchor)
-        self._mark[0].copy_(self._position)
-        self._mark[1].copy_(self._held)
+        self.mark()
         return said
 
-    def extend(self, bucket: Bucket, embeds: Tensor, lengths: Tensor) -> Tensor:
-        """Put more text behind the prefix: embeds [batch, n, d], padded; lengths long [batch].
-
-        The texts of a bucket must always come in the same n. Returns what `prefill` returns.
-        """
-        (said,) = self._shape_of(bucket).extend(embeds, lengths)
-        return said
-
-    def step(self, bucket: Bucket) -> Tensor:
-        """Put `token` behind everything; returns [batch, 1, ...]."""
-        (said,) = self._shape_of(bucket).step()
-        return said
-
-    def rewind(self) -> None:
-        """Back to the end of the last prefill: other text may follow it."""
-        self._position.copy_(self._mark[0])
-        self._held.copy_(self._mark[1])
+    def widths(self, bucket: Bucket) -> Widths:
+        """Of what follows a prefill."""
+        return self._shape_of(bucket).widths
 
     def visual_tokens(self, bucket: Bucket) -> list[int]:
         """Visual tokens that enter each decoder layer."""
@@ -193,33 +110,13 @@ class StaticDecoder:
             )
         return self._shapes[bucket]
 
-    def _shape(self, bucket: Bucket, pool: GraphPool) -> _Shape:
-        visual = [bucket.visual]
-        for section in self.sections[1:]:
-            assert section.reducer is not None
-            visual.append(section.reducer.keeps(visual[-1], Budget(bucket.budget)))
-        rest = bucket.before + bucket.after + bucket.new
-        widths = tuple(-(-(n + rest) // ALIGN) * ALIGN for n in visual)
-        state = (self.token, self._position, self._held, self.looked, self.anchor)
-        name = f"{bucket.visual} visual tokens, batch {self._batch}"
-
-        def prefill(*values: Tensor) -> tuple[Tensor]:
-            return (self._prefill(bucket, *values),)
-
-        def extend(embeds: Tensor, lengths: Tensor) -> tuple[Tensor]:
-            return (self._follow(bucket, embeds, lengths, self._read),)
-
-        def step() -> tuple[Tensor]:
-            embeds = self._model.get_input_embeddings()(self.token)
-            one = torch.ones(self._batch, dtype=torch.long, device=self._device)
-            return (self._follow(bucket, embeds, one, 1),)
-
-        return _Shape(
-            tuple(visual),
-            widths,
-            Program(pool, f"The prefill of {name},", prefill, state),
-            Program(pool, f"Text behind {name},", extend, state),
-            Program(pool, f"A decode step behind {name},", step, state),
+    def _prefill_program(self, bucket: Bucket) -> Program:
+        name = f"The prefill of {bucket.visual} visual tokens, batch {self._batch},"
+        return Program(
+            self._pool,
+            name,
+            lambda *values: (self._prefill(bucket, *values),),
+            [*self._state, self.anchor],
         )
 
     def _prefill(
@@ -239,60 +136,18 @@ class StaticDecoder:
             if section.reducer is not None:
                 x, kept, anchor = self._reduce(section, bucket, x, entered, anchor)
                 lengths = lengths - (entered.shape[1] - kept.shape[1])
-                entered, queries = _rows(entered, kept), queries.at(kept)
+                entered, queries = rows_of(entered, kept), queries.at(kept)
                 index = kept[..., None]
                 rotary = tuple(
                     torch.take_along_dim(t, index.view((1,) * (t.ndim - 3) + index.shape), dim=-2)
                     for t in rotary
                 )
-            last = (lengths - 1)[:, None]
-            self._pass = _Pass(bucket.before, anchor.shape[1], queries, last)
-            mask = None if self._causal else _padding_mask(x, lengths)
-            x = self._run(section, x, rotary, mask)
+            self._pass = Pass(queries, self._rows_read(lengths, self._read))
+            x = self._run(section, x, rotary, None)
             held.append(lengths)
         self._held.copy_(torch.stack(held))
         self.anchor[:, : anchor.shape[1]] = anchor
         return self._said(x, lengths, self._read)
-
-    def _follow(self, bucket: Bucket, x: Tensor, lengths: Tensor, read: int) -> Tensor:
-        """New text [batch, n, d] of `lengths` real tokens behind what the cache holds."""
-        shape = self._shapes[bucket]
-        new = torch.arange(x.shape[1], device=self._device)
-        rotary = self._model.rotary_emb(x, self._position + new)
-        places = [held[:, None] + new for held in self._held]
-        spans = [i for i, section in enumerate(self.sections) for _ in section.layers]
-        self.cache.append([places[i] for i in spans], [shape.widths[i] for i in spans])
-        for i, section in enumerate(self.sections):
-            hidden = torch.arange(shape.widths[i], device=self._device) > places[i][..., None]
-            mask = torch.zeros(hidden.shape, dtype=x.dtype, device=self._device)
-            mask = mask.masked_fill_(hidden, -torch.inf)[:, None]
-            last = (lengths - 1)[:, None]
-            self._pass = _Pass(bucket.before, shape.visual[i], None, last)
-            x = self._run(section, x, rotary, mask)
-        self._held.add_(lengths)
-        self._position.add_(lengths[:, None])
-        return self._said(x, lengths, read)
-
-    def _run(
-        self, section: Section, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None
-    ) -> Tensor:
-        for index in section.layers:
-            x = self._lean[index](
-                x,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        return x
-
-    def _said(self, x: Tensor, lengths: Tensor, read: int) -> Tensor:
-        """`head` at the last `read` of `lengths` places; notes the greedy token."""
-        index = lengths[:, None] - read + torch.arange(read, device=self._device)
-        said: Tensor = self._head(self._model.norm(_rows(x, index)))
-        if read == 1:
-            self.token.copy_(said[:, -1].argmax(-1, keepdim=True))
-        return said
 
     def _reduce(
         self, section: Section, bucket: Bucket, x: Tensor, entered: Tensor, anchor: Tensor
@@ -316,15 +171,12 @@ class StaticDecoder:
         return torch.stack(left), torch.stack(kept), torch.stack(anchors)
 
     def _probes(self) -> dict[nn.Module, Probe]:
-        """What the attention modules of some layers are asked for."""
-        asked: dict[int, list[Probe]] = {}
+        asked: dict[nn.Module, list[Probe]] = {m: [p] for m, p in super()._probes().items()}
         for section in self.sections[1:]:
             assert section.reducer is not None
             if needs := section.reducer.needs & ROW_SIGNALS:
-                probe = self._signal_probe(section.first, needs)
-                asked.setdefault(section.first - 1, []).append(probe)
-        for layer in self._watch:
-            asked.setdefault(layer, []).append(self._watch_probe)
+                attention = self._layers[section.first - 1].get_submodule("self_attn")
+                asked.setdefault(attention, []).append(self._signal_probe(section.first, needs))
 
         def joined(probes: list[Probe]) -> Probe:
             def probe(attention: Attention) -> None:
@@ -333,10 +185,7 @@ class StaticDecoder:
 
             return probe
 
-        return {
-            self._layers[i].get_submodule("self_attn"): joined(probes)
-            for i, probes in asked.items()
-        }
+        return {module: joined(probes) for module, probes in asked.items()}
 
     def _signal_probe(self, layer: int, needs: frozenset[Signal]) -> Probe:
         def probe(attention: Attention) -> None:
@@ -347,19 +196,12 @@ class StaticDecoder:
 
         return probe
 
-    def _watch_probe(self, attention: Attention) -> None:
-        if (now := self._pass) is not None:
-            seen = attention.received(now.last, torch.ones_like(now.last, dtype=torch.bool))
-            self.looked[:, : now.visual] += seen[:, now.start : now.start + now.visual]
 
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [b, n, d], index long [b, m] -> [b, m, d]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _padding_mask(x: Tensor, lengths: Tensor) -> Tensor:
-    """Added mask [b, 1, n, n] under which all places see all real ones."""
-    hidden = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device)
-    return mask.masked_fill_(hidden, -torch.inf)[:, None, None].expand(-1, 1, x.shape[1], -1)
+def _visual_and_widths(bucket: Bucket, parts: Sequence[Section]) -> tuple[tuple[int, ...], Widths]:
+    """Visual tokens, and keys that may be looked at, by section."""
+    visual = [bucket.visual]
+    for section in parts[1:]:
+        assert section.reducer is not None
+        visual.append(section.reducer.keeps(visual[-1], Budget(bucket.budget)))
+    rest = bucket.before + bucket.after + bucket.new
+    return tuple(visual), tuple(-(-(n + rest) // ALIGN) * ALIGN for n in visual)

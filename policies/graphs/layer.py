@@ -53,6 +53,7 @@ class LeanLayer:
         position_embeddings: tuple[Tensor, ...],
         past_key_values: Any,
         use_cache: bool = True,
+        is_causal: bool = True,
     ) -> Tensor:
         """x [b, n, d] -> [b, n, d]; position_embeddings: cos and sin, [b or 1, n, head] or, with
         several axes of positions, [axes, b, n, head]."""
@@ -62,13 +63,18 @@ class LeanLayer:
             axes = layer.self_attn.config.rope_parameters["mrope_section"]
             tables = tuple(one_axis(table, axes) for table in tables)
         normed = _norm(layer.input_layernorm, x)
-        x = x + self._attend(normed, attention_mask, tables, past_key_values)
+        x = x + self._attend(normed, attention_mask, is_causal, tables, past_key_values)
         normed = _norm(layer.post_attention_layernorm, x)
         said: Tensor = x + mlp.down_proj(self._gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
         return said
 
     def _attend(
-        self, x: Tensor, mask: Tensor | None, tables: tuple[Tensor, ...], store: Any
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        tables: tuple[Tensor, ...],
+        store: Any,
     ) -> Tensor:
         own = self._layer.self_attn
         heads = (*x.shape[:2], -1, own.head_dim)
@@ -76,7 +82,8 @@ class LeanLayer:
         value = own.v_proj(x).view(heads).transpose(1, 2)
         keys, values = store.update(key.transpose(1, 2), value, own.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
-        out, _ = attention(own, query.transpose(1, 2), keys, values, mask, scaling=own.scaling)
+        query = query.transpose(1, 2)
+        out, _ = attention(own, query, keys, values, mask, scaling=own.scaling, is_causal=is_causal)
         mixed: Tensor = own.o_proj(out.reshape(*x.shape[:2], -1))
         return mixed
 
