@@ -24,7 +24,7 @@ from ..query_rows import QueryRows
 from .attention import NAME, register
 from .buckets import Section
 from .cache import StaticCache
-from .capture import GraphPool, Program
+from .capture import GraphPool, Program, Work
 from .layer import lean
 
 ALIGN = 64
@@ -46,7 +46,10 @@ class Pass:
 
 
 class Continuation:
-    """Goes on from the prefixes of `batch` sequences; a context manager.
+    """Goes on from the prefixes of `batch` sequences.
+
+    Its passes set the model's attention implementation while Python runs them, which a replayed
+    graph does not; inside `with continuation` it stays set, for passes that are not captured.
 
     head: what the last hidden states go through, the model's own head or an action head.
     embed: the input row of a decoded token, long [b, 1] -> [b, 1, d]; the model's own by default.
@@ -113,21 +116,22 @@ class Continuation:
             weight.dtype,
             self._device,
         )
-        self._stack = ExitStack()
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> Self:
-        register()
-        before = str(self._model.config._attn_implementation)
         with ExitStack() as stack:
-            self._model.set_attn_implementation(NAME)
-            stack.callback(self._model.set_attn_implementation, before)
-            if requests := self._probes():
-                stack.enter_context(probing(self._model, requests))
-            self._stack = stack.pop_all()
+            if not self._entered:
+                register()
+                before = str(self._model.config._attn_implementation)
+                self._model.set_attn_implementation(NAME)
+                stack.callback(self._model.set_attn_implementation, before)
+                if requests := self._probes():
+                    stack.enter_context(probing(self._model, requests))
+            self._entered.append(stack.pop_all())
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        self._entered.pop().close()
 
     def adopt(self, cache: DynamicCache, position: Tensor) -> None:
         """Go on from a prefix without padding that was prefilled otherwise.
@@ -189,10 +193,19 @@ class Continuation:
 
             name = f"behind {max(widths)} tokens, batch {self._batch},"
             self._programs[widths] = (
-                Program(self._pool, f"Text {name}", extend, self._state),
-                Program(self._pool, f"A decode step {name}", step, self._state),
+                self._program(f"Text {name}", extend, self._state),
+                self._program(f"A decode step {name}", step, self._state),
             )
         return self._programs[widths]
+
+    def _program(self, name: str, work: Work, state: Sequence[Tensor]) -> Program:
+        """A program of this model's layers; see `Program`."""
+
+        def entered(*values: Tensor) -> tuple[Tensor, ...]:
+            with self:
+                return work(*values)
+
+        return Program(self._pool, name, entered, state)
 
     def _follow(self, widths: Widths, x: Tensor, lengths: Tensor, read: int) -> Tensor:
         """New text [batch, n, d] of `lengths` real tokens behind what the cache holds."""

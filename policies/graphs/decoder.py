@@ -32,7 +32,7 @@ class _Shape:
 
 
 class StaticDecoder(Continuation):
-    """Runs the text model of `batch` requests of one bucket at a time; a context manager.
+    """Runs the text model of `batch` requests of one bucket at a time.
 
     Prompts are padded on the right, as texts behind them are. What a `Continuation` is given holds
     here too; `extend` and `step` take the `widths` of a bucket.
@@ -112,8 +112,7 @@ class StaticDecoder(Continuation):
 
     def _prefill_program(self, bucket: Bucket) -> Program:
         name = f"The prefill of {bucket.visual} visual tokens, batch {self._batch},"
-        return Program(
-            self._pool,
+        return self._program(
             name,
             lambda *values: (self._prefill(bucket, *values),),
             [*self._state, self.anchor],

@@ -94,3 +94,25 @@ def test_rows_decoded_in_parallel_see_each_other_whole() -> None:
     other = rows.clone()
     other[:, -1] += 1.0
     assert bool(((said(rows) - said(other))[:, 0].abs() > 1e-6).any())
+
+
+@torch.inference_mode()
+def test_passes_leave_the_models_attention_as_it_was() -> None:
+    text_model, head = parts("llama")
+    embeds = torch.randn(1, LENGTH, 64) * 0.5
+    _, _, cache = stock_with_cache(text_model, head, "llama", (), embeds, 0)
+    before, widths = text_model.config._attn_implementation, (WIDTH,)
+    behind = Continuation(
+        text_model, head, sections_of(cache), widths, GraphPool("cpu"), watch=(3,)
+    )
+    behind.adopt(cache, torch.tensor([[LENGTH]]))
+    alone = behind.step(widths)
+    assert text_model.config._attn_implementation == before
+    assert float(behind.looked.sum()) == pytest.approx(1.0)
+    with behind:
+        during = text_model.config._attn_implementation
+        behind.adopt(cache, torch.tensor([[LENGTH]]))
+        behind.token.zero_()
+        assert torch.equal(behind.step(widths), alone)
+        assert text_model.config._attn_implementation == during != before
+    assert text_model.config._attn_implementation == before
