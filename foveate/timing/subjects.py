@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from policies.adapter import SaliencyTap, adapter_for
+from policies.graphs.branches import at_once
 from policies.video.llava_onevision import Adapter as LlavaOnevision
 from policies.video.tiny import render, world
 from policies.vision.siglip import SiglipParts
@@ -298,9 +299,18 @@ class ActionSubject(StepSubject):
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        count = self.grid.per_frame
-        seen = [tower(pixels).last_hidden_state[:, -count:] for tower in self._towers]
-        return (self._projector(torch.cat(seen, -1)).flatten(0, 1),)
+        return self._projected(at_once(self.device, self._works(pixels)))
+
+    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        return self._projected([work() for work in self._works(pixels)])
+
+    def _works(self, pixels: Tensor) -> list[Callable[[], Tensor]]:
+        return [partial(_states, tower, pixels) for tower in self._towers]
+
+    def _projected(self, states: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of the patches, which stand last."""
+        seen = torch.cat([s[:, -self.grid.per_frame :] for s in states], -1)
+        return (self._projector(seen).flatten(0, 1),)
 
     def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
         images, patches = self.grid.frames, self.grid.per_frame
@@ -317,6 +327,11 @@ class ActionSubject(StepSubject):
     def positions(self) -> Tensor:
         length = self.prompt.before + self.grid.size + self.prompt.after
         return torch.arange(length, device=self.device)[None]
+
+
+def _states(tower: Any, pixels: Tensor) -> Tensor:
+    states: Tensor = tower(pixels).last_hidden_state
+    return states
 
 
 class _ParallelHead(nn.Module):

@@ -1,7 +1,8 @@
 """A decoder layer of Llama's shape in half as many kernels, with the layer's own weights.
 
 A decode step launches kernels that are far shorter than the pauses between them, so what counts
-is their number: a norm is one, the rotation of queries and keys is one, the gate of the MLP is one.
+is their number: queries, keys and values are one product, so are gate and up of the MLP; the
+rotation is one kernel, the gate is one, a norm is one together with the sum that it reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from stream.ops.built import built
 
+from .joined import one_product
+
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
 _SILU = type(ACT2FN["silu"])
 
@@ -35,15 +38,20 @@ def lean(layer: nn.Module) -> Callable[..., Tensor]:
 class LeanLayer:
     """Says what `layer`, one of KNOWN, says, up to rounding; bfloat16 is rounded less often.
 
-    Projections are called as modules and attention through the function that the model is set to,
-    as transformers does. Hooks on the layer, its norms, its attention or its MLP do not run.
+    Attention goes through the function that the model is set to, as transformers does. Projections
+    are joined where they are plain (`joined`), else called as modules. Hooks on the layer, its
+    norms, its attention or its MLP do not run.
     """
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
+        own, mlp = layer.self_attn, layer.mlp
+        self._project = one_product([own.q_proj, own.k_proj, own.v_proj])
+        self._widen = one_product([mlp.gate_proj, mlp.up_proj])
         fused = _compiled() if layer.input_layernorm.weight.is_cuda else None
         self._rotate = fused.rotate if fused else rotate
-        self._gate = fused.silu_gate if fused and type(layer.mlp.act_fn) is _SILU else self._gated
+        self._add_norm = fused.add_norm if fused else add_norm
+        self._gate = fused.silu_gate if fused and type(mlp.act_fn) is _SILU else self._gated
 
     def __call__(
         self,
@@ -57,15 +65,15 @@ class LeanLayer:
     ) -> Tensor:
         """x [b, n, d] -> [b, n, d]; position_embeddings: cos and sin, [b or 1, n, head] or, with
         several axes of positions, [axes, b, n, head]."""
-        layer, mlp = self._layer, self._layer.mlp
+        layer, norm = self._layer, self._layer.post_attention_layernorm
         tables = position_embeddings
         if tables[0].ndim == 4:
             axes = layer.self_attn.config.rope_parameters["mrope_section"]
             tables = tuple(one_axis(table, axes) for table in tables)
         normed = _norm(layer.input_layernorm, x)
-        x = x + self._attend(normed, attention_mask, is_causal, tables, past_key_values)
-        normed = _norm(layer.post_attention_layernorm, x)
-        said: Tensor = x + mlp.down_proj(self._gate(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        seen = self._attend(normed, attention_mask, is_causal, tables, past_key_values)
+        x, normed = self._add_norm(x, seen, norm.weight, norm.variance_epsilon)
+        said: Tensor = x + layer.mlp.down_proj(self._gate(*self._widen(normed)))
         return said
 
     def _attend(
@@ -78,9 +86,9 @@ class LeanLayer:
     ) -> Tensor:
         own = self._layer.self_attn
         heads = (*x.shape[:2], -1, own.head_dim)
-        query, key = self._rotate(own.q_proj(x).view(heads), own.k_proj(x).view(heads), *tables)
-        value = own.v_proj(x).view(heads).transpose(1, 2)
-        keys, values = store.update(key.transpose(1, 2), value, own.layer_idx)
+        query, key, value = (part.view(heads) for part in self._project(x))
+        query, key = self._rotate(query, key, *tables)
+        keys, values = store.update(key.transpose(1, 2), value.transpose(1, 2), own.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
         query = query.transpose(1, 2)
         out, _ = attention(own, query, keys, values, mask, scaling=own.scaling, is_causal=is_causal)
@@ -105,6 +113,12 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return rotated_query, rotated_key
 
 
+def add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + more, its root-mean-square norm times weight [d]); both [b, n, d]."""
+    total = x + more
+    return total, F.rms_norm(total, weight.shape, weight, eps)
+
+
 def one_axis(table: Tensor, axes: list[int]) -> Tensor:
     """[axes, b, n, d] -> [b, n, d]: of each half of d, axis i gives the next axes[i] channels."""
     parts = table.split(axes * 2, -1)
@@ -124,7 +138,8 @@ def _compiled() -> ModuleType | None:
 
         x = torch.zeros(1, 1, 2, 4, device="cuda")
         layer_cuda.rotate(x, x, x[:, :, 0], x[:, :, 0])
-        layer_cuda.silu_gate(x, x)
+        layer_cuda.silu_gate(x[:, :, 0], x[:, :, 0])
+        layer_cuda.add_norm(x[:, :, 0], x[:, :, 0], x[0, 0, 0], 1e-6)
         return layer_cuda
 
     return built(run, "Decoder layers rotate and gate in several launches")

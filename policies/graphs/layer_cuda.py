@@ -1,4 +1,7 @@
-"""What a decoder layer does between its matrix products, as one kernel each; float32 inside."""
+"""What a decoder layer does between its matrix products, as one kernel each; float32 inside.
+
+Inputs may be parts of wider rows, as joined products leave them.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,30 @@ _BLOCK = 1024
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate(  # type: ignore[no-untyped-def]
-    query, key, cos, sin, out_query, out_key, heads, key_heads, half, HALF: tl.constexpr
+    query,
+    key,
+    cos,
+    sin,
+    out_query,
+    out_key,
+    heads,
+    key_heads,
+    half,
+    query_stride,
+    key_stride,
+    HALF: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, HALF)
     exists = channel < half
     if head < heads:
-        source, target, row = query, out_query, token * heads + head
+        source, target = query + token * query_stride, out_query + token * heads * 2 * half
+        at = head
     else:
-        source, target, row = key, out_key, token * key_heads + head - heads
-    first, second = row * 2 * half + channel, row * 2 * half + half + channel
+        source, target = key + token * key_stride, out_key + token * key_heads * 2 * half
+        at = head - heads
+    first, second = at * 2 * half + channel, at * 2 * half + half + channel
     table = token * 2 * half + channel
     x = tl.load(source + first, mask=exists).to(tl.float32)
     y = tl.load(source + second, mask=exists).to(tl.float32)
@@ -35,20 +51,36 @@ def _rotate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_gate(gate, up, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _silu_gate(gate, up, out, size, gate_stride, up_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = at < size
-    g = tl.load(gate + at, mask=exists).to(tl.float32)
-    u = tl.load(up + at, mask=exists).to(tl.float32)
-    tl.store(out + at, g / (1.0 + tl.exp(-g)) * u, mask=exists)
+    g = tl.load(gate + row * gate_stride + at, mask=exists).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=exists).to(tl.float32)
+    tl.store(out + row * size + at, g / (1.0 + tl.exp(-g)) * u, mask=exists)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm(x, more, weight, total, normed, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    exists = at < size
+    a = tl.load(x + row + at, mask=exists, other=0.0).to(tl.float32)
+    b = tl.load(more + row + at, mask=exists, other=0.0).to(tl.float32)
+    rounded = (a + b).to(total.dtype.element_ty)
+    tl.store(total + row + at, rounded, mask=exists)
+    s = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(s * s) / size + eps)
+    w = tl.load(weight + at, mask=exists).to(tl.float32)
+    tl.store(normed + row + at, s * scale * w, mask=exists)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As `layer.rotate`."""
     b, n, heads, d = query.shape
-    query, key = query.contiguous(), key.contiguous()
+    query, key = _by_rows(query), _by_rows(key)
     cos, sin = cos.expand(b, n, d).contiguous(), sin.expand(b, n, d).contiguous()
-    out_query, out_key = torch.empty_like(query), torch.empty_like(key)
+    out_query, out_key = query.new_empty(query.shape), key.new_empty(key.shape)
     key_heads, half = key.shape[2], d // 2
     with torch.cuda.device_of(query):
         _rotate[(b * n, heads + key_heads)](
@@ -61,6 +93,8 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             heads,
             key_heads,
             half,
+            query.stride(1),
+            key.stride(1),
             triton.next_power_of_2(half),
             num_warps=1,
         )
@@ -68,9 +102,33 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of equal shapes."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
+    """silu(gate) * up, both [b, n, d]."""
+    gate, up = _by_rows(gate), _by_rows(up)
+    out = gate.new_empty(gate.shape)
+    b, n, size = gate.shape
     with torch.cuda.device_of(gate):
-        _silu_gate[(triton.cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), _BLOCK)
+        _silu_gate[(b * n, triton.cdiv(size, _BLOCK))](
+            gate, up, out, size, gate.stride(1), up.stride(1), _BLOCK
+        )
     return out
+
+
+def add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `layer.add_norm`."""
+    x, more = x.contiguous(), more.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    warps = min(max(block // 512, 1), 8)
+    with torch.cuda.device_of(x):
+        _add_norm[(x.numel() // size,)](
+            x, more, weight, total, normed, size, eps, block, num_warps=warps
+        )
+    return total, normed
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """x [b, n, ...] such that row i of the b * n begins i * x.stride(1) behind the first and is
+    dense in itself."""
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and x[0, 0].is_contiguous() else x.contiguous()

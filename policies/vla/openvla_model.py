@@ -13,6 +13,7 @@ acted from again with a newer state. States and actions are normalised here, see
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, LlamaModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from ..graphs.branches import at_once
 
 Head = Literal["parallel", "autoregressive"]
 
@@ -185,7 +188,8 @@ class OpenVLA(PreTrainedModel):  # type: ignore[no-untyped-call]
             planes = images.permute(0, 3, 1, 2).float()
             planes = F.interpolate(planes, (px, px), mode="bilinear", antialias=True)
             images = planes.permute(0, 2, 3, 1)
-        features = torch.cat([tower(images) for tower in self.towers], dim=-1)
+        works = [partial(tower, images) for tower in self.towers]
+        features = torch.cat(at_once(images.device, works), dim=-1)
         tokens: Tensor = self.projector(features) + self.camera_embedding(camera)[:, None]
         return tokens
 

@@ -1,4 +1,4 @@
-"""Rotation and gate as one kernel each: on a GPU, or interpreted where there is none."""
+"""Rotation, gate and norm as one kernel each: on a GPU, or interpreted where there is none."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_one_kernel_rotates_as_the_operators_do(
 ) -> None:
     """Tables of each sequence or shared ones, whose halves differ."""
     draw = torch.Generator().manual_seed(b * n * d)
-    query, key = (torch.randn(b, n, h, d, generator=draw).to(dtype) for h in heads)
+    both = torch.randn(b, n, sum(heads), d, generator=draw).to(dtype)
+    query, key = both.split(heads, 2)
     cos, sin = torch.randn(2, 1 if shared else b, n, d, generator=draw).to(dtype)
     got = layer_cuda.rotate(*(t.to(DEVICE) for t in (query, key, cos, sin)))
     exact = layer.rotate(query.float(), key.float(), cos.float(), sin.float())
@@ -43,11 +44,33 @@ def test_one_kernel_rotates_as_the_operators_do(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1,), (2, 3, 5), (1, 3, 1000)])
-def test_one_kernel_gates_as_the_operators_do(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 3, 1100)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_kernel_gates_as_the_operators_do(
+    shape: tuple[int, ...], apart: bool, dtype: torch.dtype
+) -> None:
+    """Of tensors of their own, and of the halves of one."""
     draw = torch.Generator().manual_seed(0)
-    gate, up = (torch.randn(2, *shape, generator=draw) * 20).to(dtype)
-    got = layer_cuda.silu_gate(gate.to(DEVICE), up.to(DEVICE))
+    both = (torch.randn(*shape[:2], 2 * shape[2], generator=draw) * 20).to(dtype).to(DEVICE)
+    halves = both.chunk(2, -1)
+    gate, up = (half.clone() for half in halves) if apart else halves
+    got = layer_cuda.silu_gate(gate, up)
+    gate, up = gate.cpu(), up.cpu()
     exact = F.silu(gate.float()) * up.float()
     tolerance = 1e-5 if dtype == torch.float32 else BFLOAT16
     assert torch.allclose(got.float().cpu(), exact, atol=1e-5, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 3, 1100)])
+def test_one_kernel_adds_and_norms_as_the_operators_do(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, more = (torch.randn(2, *shape, generator=draw) * 3).to(dtype)
+    weight = torch.randn(shape[-1], generator=draw).to(dtype)
+    total, normed = layer_cuda.add_norm(x.to(DEVICE), more.to(DEVICE), weight.to(DEVICE), 1e-3)
+    tolerance = 1e-5 if dtype == torch.float32 else BFLOAT16
+    assert torch.allclose(total.float().cpu(), x.float() + more.float(), atol=0, rtol=tolerance)
+    _, want = layer.add_norm(total.float().cpu(), torch.zeros(()), weight.float(), 1e-3)
+    assert torch.allclose(normed.float().cpu(), want, atol=1e-5, rtol=2 * tolerance)

@@ -1,0 +1,54 @@
+"""Linear layers that read the same input, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What each of `modules` says of the same input, [..., d] -> [..., d_i] each.
+
+    Plain linear layers become one product: their weights, and biases, are laid one behind the other
+    in one tensor and stay theirs as views of it, so nothing is held twice. Others, and those that
+    are hooked, are called one by one.
+    """
+    biases = {getattr(module, "bias", None) is None for module in modules}
+    if not all(map(_is_plain, modules)) or len(biases) > 1:
+        return lambda x: [module(x) for module in modules]
+    plain: list[Any] = list(modules)
+    weight = _whole([layer.weight for layer in plain])
+    bias = None if biases == {True} else _whole([layer.bias for layer in plain])
+    sizes = [layer.out_features for layer in plain]
+    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not hooked
+
+
+def _whole(parts: Sequence[nn.Parameter]) -> Tensor:
+    """Parameters [n_i, ...] as one tensor [sum of n_i, ...] that they are views of."""
+    first = parts[0]
+    n = sum(len(part) for part in parts)
+    if all(_follows(b, a) for a, b in pairwise(parts)):
+        return first.detach().as_strided((n, *first.shape[1:]), first.stride())
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
+        whole = torch.cat([part.detach() for part in parts])
+        for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = own
+    return whole
+
+
+def _follows(later: Tensor, earlier: Tensor) -> bool:
+    """Whether `later` begins where `earlier` ends, in one storage."""
+    same = later.untyped_storage().data_ptr() == earlier.untyped_storage().data_ptr()
+    end = earlier.storage_offset() + earlier.numel()
+    dense = later.is_contiguous() and earlier.is_contiguous()
+    return same and dense and later.dtype == earlier.dtype and later.storage_offset() == end
