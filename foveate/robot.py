@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import DriveSettings, reducer_of
+from .settings import CAPTURES, DriveSettings, reducer_of
 from .show import progress_bars
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 QUICK_S, LEAST, MOST = 10.0, 5, 20
 """A first calibration: about so many seconds, and samples a bucket within these bounds."""
-WARM_UP = 3
 QUARTER, ROOM = 0.25, 1.3
 
 
@@ -34,7 +33,7 @@ def load_policy(settings: DriveSettings) -> VLAPolicy:
 
     quiet()
     reducer = reducer_of(settings.reducer, **settings.settings)
-    return load(settings.model, reducer, settings.device)
+    return load(settings.model, reducer, settings.device, CAPTURES[settings.capture])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,19 @@ def timing_of(settings: DriveSettings, policy: VLAPolicy, observation: Observati
 
     Raises ConfigError for anything but wall, card:FILE and ms:TIME.
     """
-    from sims.calibration import Measure, fitted
+    from sims.calibration import buckets_of, fitted, warm
     from sims.clock import CardTime, WallTime
+    from stream.data import Budget
 
     label = time_label(settings)
     if settings.time == "wall":
+        tokens = policy.spec.grid.size
+        warm(
+            policy,
+            observation,
+            {*buckets_of(tokens), Budget.ratio(settings.keep or 1.0, tokens).tokens},
+        )
         card, note = own_card(settings, policy, observation)
-        measure = Measure(policy, observation)
-        for bucket in card.buckets * WARM_UP:
-            measure(bucket)
         return Timing(card, WallTime(policy.device, label), note)
     card = fitted(_given_card(settings, policy.spec.grid.size), policy.spec.grid.size)
     return Timing(card, CardTime(card, label), settings.time)
@@ -108,7 +111,8 @@ def own_card(
 
     device = device_name(policy.device)
     name = f"{settings.model}, {settings.reducer}"
-    key = "\n".join([name, repr(sorted(settings.settings.items())), device, repr(policy.spec)])
+    given = [repr(sorted(settings.settings.items())), settings.capture]
+    key = "\n".join([name, *given, device, repr(policy.spec)])
     path = cache_folder() / "cards" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return LatencyCard.load(path), f"card of {path}; delete it to calibrate again"

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
+Capture = Literal["auto", "on", "off"]
+CAPTURES: dict[Capture, bool | None] = {"auto": None, "on": True, "off": False}
+"""Whether a model runs in fixed shapes, which a GPU replays as captured graphs; auto = on CUDA."""
+
 
 class AskConfig(Config):
     """One video, some questions.
@@ -48,7 +52,8 @@ class DriveSettings(Config):
     with a quarter of the tokens. keep: a fixed share of the tokens instead of the controller's
     choice. floor_tokens: least tokens the controller may take without saying so. align: which
     actions of a chunk count as past, see sims/episode.py. stop_after: misses in a row before the
-    episode is given up.
+    episode is given up. capture: whether the policy runs in fixed shapes, as captured graphs; auto
+    = on CUDA, where the policy can.
     """
 
     model: str = "tiny-vla"
@@ -64,6 +69,7 @@ class DriveSettings(Config):
     episodes: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     device: str | None = None
+    capture: Capture = "auto"
 
 
 class ReducerConfig(Config):

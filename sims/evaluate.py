@@ -239,7 +239,8 @@ def main() -> None:
     cells = cells_of(methods, [float(k) for k in args.keep.split(",")], args.controls)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
-    policy, lock = load(args.model, device=args.device), Lock()
+    # Not captured: with every episode that ends a batch has another size.
+    policy, lock = load(args.model, device=args.device, capture=False), Lock()
     if not isinstance(policy, OpenVLAPolicy):
         raise ConfigError(f"'{args.model}' cannot play in batches; `foveate drive` plays it alone.")
     todo = list(missing(cells, jobs, args.out, policy.spec.name))

@@ -21,7 +21,7 @@ def calibrate(
 ) -> None:
     """Measure, write, print."""
     import sims
-    from sims.calibration import buckets_of, card_of, whole_ms
+    from sims.calibration import buckets_of, card_of, warm, whole_ms
     from stream.errors import ConfigError
 
     try:
@@ -33,6 +33,7 @@ def calibrate(
     with sims.make(environment) as world:
         world.reset(settings.seed)
         observation = world.observe()
+    warm(policy, observation, tokens)
     with progress_bars({"calibrate": len(tokens) * (repeats + warmup)}) as bars:
         card = card_of(
             policy,

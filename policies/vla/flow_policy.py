@@ -202,12 +202,21 @@ class FlowPolicy(VLAPolicy):
             )
 
 
-def load(name: str, reducer: Reducer | None = None, device: str | None = None) -> FlowPolicy:
+def load(
+    name: str,
+    reducer: Reducer | None = None,
+    device: str | None = None,
+    capture: bool | None = None,
+) -> FlowPolicy:
     """A policy from a checkpoint folder or hub name of lerobot, by lerobot's own loaders.
 
     Reads safetensors and JSON alone. Raises AttachError for what cannot be loaded, also where
-    lerobot itself would go on with random weights.
+    lerobot itself would go on with random weights, and ConfigError if it must be captured.
     """
+    if capture:
+        raise ConfigError(
+            f"'{name}' is a lerobot policy, which cannot be captured; leave it to it."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
     from lerobot.configs import PreTrainedConfig

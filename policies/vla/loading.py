@@ -19,14 +19,20 @@ LOADERS = {
     **dict.fromkeys(FAMILIES, "policies.vla.flow_policy"),
 }
 """`type` (lerobot) or `model_type` (transformers) of a checkpoint's config.json -> the module
-whose `load(name, reducer, device)` gives the policy."""
+whose `load(name, reducer, device, capture)` gives the policy."""
 
 
-def load(name: str, reducer: Reducer | None = None, device: str | None = None) -> VLAPolicy:
+def load(
+    name: str,
+    reducer: Reducer | None = None,
+    device: str | None = None,
+    capture: bool | None = None,
+) -> VLAPolicy:
     """A robot policy, pruned by a reducer.
 
     name: of a policy in the box, a folder, or a hub name. device: default is CUDA where there is
-    one. Raises AttachError for what cannot be loaded.
+    one. capture: run in fixed shapes, which a GPU replays as captured graphs; None = on CUDA, where
+    the policy can. Raises AttachError for what cannot be loaded.
     """
     where = str(in_the_box("robot").get(name, name))
     config = _config(where)
@@ -35,7 +41,8 @@ def load(name: str, reducer: Reducer | None = None, device: str | None = None) -
         raise AttachError(
             f"'{name}' is a '{kind}' model; robot policies are {', '.join(sorted(LOADERS))}."
         )
-    policy: VLAPolicy = importlib.import_module(LOADERS[kind]).load(where, reducer, device)
+    loader = importlib.import_module(LOADERS[kind])
+    policy: VLAPolicy = loader.load(where, reducer, device, capture)
     return policy
 
 

@@ -7,7 +7,7 @@ camera is there, so leaving it out equals hiding it behind an attention mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,13 @@ from stream.signals import Signal, Signals
 
 from ..action_attention import ActionAttention
 from ..fit import check_fit
+from ..graphs.buckets import Section, sections
 from ..hooks import INSIDE, ReductionHooks
 from ..prefill import VideoSpan
 from . import reusing
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
+from .captured import Captured, Held
 from .openvla_model import OpenVLA
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """What the prefixes of one batch share, and the row of one of them.
-
-    lengths: tokens that each layer of the cache holds. position: long [b, 1], of the first token
-    behind the prefix. mask: bool [b, n] over the unpruned prefix, None without padding.
-    """
-
-    cache: DynamicCache
-    lengths: tuple[int, ...]
-    position: Tensor
-    mask: Tensor | None
-    row: int
 
 
 class OpenVLAPolicy(VLAPolicy):
@@ -58,10 +45,16 @@ class OpenVLAPolicy(VLAPolicy):
     observations have the same cameras; the other methods are batches of one.
 
     tokenizer: of transformers; it puts BOS first.
+    capture: encode and act in fixed shapes, which a GPU replays as captured graphs; None = on CUDA.
     """
 
     def __init__(
-        self, model: OpenVLA, tokenizer: Any, reducer: Reducer | None = None, name: str = "openvla"
+        self,
+        model: OpenVLA,
+        tokenizer: Any,
+        reducer: Reducer | None = None,
+        name: str = "openvla",
+        capture: bool | None = None,
     ) -> None:
         model.train(False)
         self.model, self.tokenizer = model, tokenizer
@@ -84,6 +77,11 @@ class OpenVLAPolicy(VLAPolicy):
         self._hooks = ReductionHooks(model.language_model, layers, stages, "keep")
         pruner = self.reducer if isinstance(self.reducer, VLAPruner) else VLAPruner()
         self._action_layers = pruner.action_layers(len(layers))
+        inside = [stage for stage in stages if stage.site.in_llm]
+        self._sections = [Section(s.first, s.stop) for s in sections(inside, len(layers))]
+        self._looks_at_one = any(set(self._action_layers) <= set(s.layers) for s in self._sections)
+        wanted = self.device.type == "cuda" if capture is None else capture
+        self.captured = Captured(model) if wanted else None
         self._texts: dict[str, Tensor] = {}
 
         def constant(values: Sequence[float]) -> Tensor:
@@ -97,7 +95,9 @@ class OpenVLAPolicy(VLAPolicy):
         return self._spec
 
     def pruned_by(self, reducer: Reducer) -> OpenVLAPolicy:
-        return OpenVLAPolicy(self.model, self.tokenizer, reducer, self._spec.name)
+        pruned = OpenVLAPolicy(self.model, self.tokenizer, reducer, self._spec.name, capture=False)
+        pruned.captured = self.captured
+        return pruned
 
     def encode(self, observation: Observation) -> Scene:
         return self.encode_batch([observation])[0]
@@ -126,10 +126,19 @@ class OpenVLAPolicy(VLAPolicy):
         ]
         camera = [self._spec.cameras.index(c) for cameras in seen for c in cameras]
         images = torch.stack(pictures).to(self.device, non_blocking=True)
-        tokens = self.model.see(images, torch.tensor(camera, device=self.device))
-        said = [o.instruction for o, own in zip(observations, seen, strict=True) for _ in own]
+        words = [
+            self._text(o.instruction)[1:]
+            for o, own in zip(observations, seen, strict=True)
+            for _ in own
+        ]
+        tokens, pointed = (self.captured or self.model).look(
+            images,
+            torch.tensor(camera, device=self.device),
+            pad_sequence(words, batch_first=True),
+            torch.tensor([len(text) for text in words], device=self.device),
+        )
         counts = [len(cameras) for cameras in seen]
-        split = zip(tokens.split(counts), self._relevance(tokens, said).split(counts), strict=True)
+        split = zip(tokens.split(counts), pointed.split(counts), strict=True)
         return [
             Scene(
                 x=x.flatten(0, 1),
@@ -203,6 +212,17 @@ class OpenVLAPolicy(VLAPolicy):
         layers: list[Any] = cache.layers
         lengths = tuple(layer.get_seq_length() for layer in layers)
         plans = [row[0].plan.among(places) for row in self._hooks.rows]
+        watched = [row[0] for row in self._hooks.rows_at(self._action_layers[0])]
+        held = partial(
+            Held,
+            cache,
+            lengths,
+            1 + everything + longest - 1,
+            position[:, -1:] + 1,
+            mask,
+            torch.stack([span.slots for span in watched]),
+            torch.stack([span.plan.anchor for span in watched]),
+        )
         return [
             Prefix(
                 plan=plans[i],
@@ -210,7 +230,7 @@ class OpenVLAPolicy(VLAPolicy):
                 cameras=scene.cameras,
                 places=places,
                 tokens=tokens,
-                cache=_Held(cache, lengths, position[:, -1:] + 1, mask, i),
+                cache=held(i),
                 observed_s=scene.observation.time_s,
                 epoch=epochs[i],
             )
@@ -229,24 +249,33 @@ class OpenVLAPolicy(VLAPolicy):
             raise ConfigError(f"steps is {steps}; {self._spec.name} decodes in one pass.")
         held = self._shared(prefixes)
         state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
-        state = (state - self._state_mean) / self._state_std if state.numel() else state
-        rows = slice(-self._spec.chunk, None) if self.model.is_parallel else slice(-1, None)
-        try:
-            with self._hooks, ActionAttention(self._hooks, self._action_layers, rows) as looked:
-                actions = self._decode_actions(held, state)
-            attention = torch.stack([row[0][prefixes[0].places] for row in looked.mean()])
-        finally:
-            layers: list[Any] = held.cache.layers
-            for layer, length in zip(layers, held.lengths, strict=True):
-                layer.crop(length)
+        state = (state - self._state_mean) / self._state_std if self._spec.state_size else state
+        if self.captured and self._looks_at_one and held.mask is None:
+            actions, looked = self.captured.act(held, self._sections, self._action_layers, state)
+            attention = looked.new_zeros(len(looked), self._spec.grid.size)
+            attention.scatter_(1, held.anchor, looked.gather(1, held.slots))
+        else:
+            actions, attention = self._act_stock(held, state)
         actions = (actions + 1) / 2 * (self._high - self._low) + self._low
         chunks = [
             ActionChunk(chunk, prefix.observed_s)
             for chunk, prefix in zip(actions.float().cpu().numpy(), prefixes, strict=True)
         ]
-        return chunks, attention
+        return chunks, attention[:, prefixes[0].places]
 
-    def _decode_actions(self, held: _Held, state: Tensor) -> Tensor:
+    def _act_stock(self, held: Held, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(normalised actions [b, chunk, a], attention [b, places of all cameras])"""
+        rows = slice(-self._spec.chunk, None) if self.model.is_parallel else slice(-1, None)
+        try:
+            with self._hooks, ActionAttention(self._hooks, self._action_layers, rows) as looked:
+                actions = self._decode_actions(held, state)
+            return actions, torch.stack([row[0] for row in looked.mean()])
+        finally:
+            layers: list[Any] = held.cache.layers
+            for layer, length in zip(layers, held.lengths, strict=True):
+                layer.crop(length)
+
+    def _decode_actions(self, held: Held, state: Tensor) -> Tensor:
         """Normalised actions [b, chunk, a]."""
         model, batch = self.model, len(state)
         first = torch.cat([model.state_row(state), model.query_rows(batch)], dim=1)
@@ -263,7 +292,7 @@ class OpenVLAPolicy(VLAPolicy):
             hidden = self._behind(held, row, first.shape[1] + len(bins) - 1)
         return model.from_bins(torch.stack(bins, dim=1)).view(batch, self._spec.chunk, -1)
 
-    def _behind(self, held: _Held, rows: Tensor, after: int) -> Tensor:
+    def _behind(self, held: Held, rows: Tensor, after: int) -> Tensor:
         """Decode rows that stand `after` tokens behind the prefix."""
         new = rows.shape[1]
         position = held.position + torch.arange(after, after + new, device=self.device)
@@ -304,17 +333,6 @@ class OpenVLAPolicy(VLAPolicy):
             self._texts[instruction] = torch.tensor(ids, device=self.device)
         return self._texts[instruction]
 
-    def _relevance(self, x: Tensor, instructions: Sequence[str]) -> Tensor:
-        """float32 [m, p]: where the words point in each picture, of sum 1.
-
-        x: [m, p, d]; instructions: of each picture.
-        """
-        texts = [self._text(instruction)[1:] for instruction in instructions]
-        words = self.model.words(pad_sequence(texts, batch_first=True))
-        length = torch.tensor([len(text) for text in texts], device=self.device)
-        said = torch.arange(words.shape[1], device=self.device) < length[:, None]
-        return self.model.point(x, words, said.to(words.dtype)).softmax(1).mean(-1)
-
     def _row(self, visual: Tensor, text: Tensor, pads: int) -> Tensor:
         """[pads + 1 + n + t, d]: padding, BOS, visual tokens and words of one sequence."""
         words = self.model.words(text)
@@ -327,8 +345,8 @@ class OpenVLAPolicy(VLAPolicy):
         within = torch.arange(per_camera, device=self.device)
         return (torch.tensor(first, device=self.device)[:, None] + within).flatten()
 
-    def _shared(self, prefixes: Sequence[Prefix]) -> _Held:
-        held: list[_Held] = [prefix.cache for prefix in prefixes]
+    def _shared(self, prefixes: Sequence[Prefix]) -> Held:
+        held: list[Held] = [prefix.cache for prefix in prefixes]
         whole = list(range(len(held[0].position)))
         if [h.row for h in held] != whole or any(h.cache is not held[0].cache for h in held):
             raise AttachError(
@@ -338,11 +356,16 @@ class OpenVLAPolicy(VLAPolicy):
         return held[0]
 
 
-def load(name: str, reducer: Reducer | None = None, device: str | None = None) -> OpenVLAPolicy:
+def load(
+    name: str,
+    reducer: Reducer | None = None,
+    device: str | None = None,
+    capture: bool | None = None,
+) -> OpenVLAPolicy:
     """A policy from a folder or hub name to which the network and its tokenizer were saved.
 
-    device: default is CUDA where there is one; float32 on a CPU, bfloat16 on a GPU. Raises
-    AttachError for what cannot be loaded, also where weights are missing.
+    device: default is CUDA where there is one; float32 on a CPU, bfloat16 on a GPU. capture: see
+    `OpenVLAPolicy`. Raises AttachError for what cannot be loaded, also where weights are missing.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -358,4 +381,4 @@ def load(name: str, reducer: Reducer | None = None, device: str | None = None) -
         raise AttachError(
             f"'{name}' lacks {len(missing)} weights ({missing[0]}, ...), which would be random."
         )
-    return OpenVLAPolicy(model.to(device), tokenizer, reducer, Path(name).name)
+    return OpenVLAPolicy(model.to(device), tokenizer, reducer, Path(name).name, capture)

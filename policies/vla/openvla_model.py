@@ -213,6 +213,17 @@ class OpenVLA(PreTrainedModel):  # type: ignore[no-untyped-call]
         logits: Tensor = (visual @ named.mT).float() * visual.shape[-1] ** -0.5
         return logits
 
+    def look(
+        self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`see`, and float32 [m, p]: where the words point in each picture, of sum 1.
+
+        ids: words of each picture, long [m, t], padded on the right; length: long [m], how many.
+        """
+        tokens, words = self.see(images, camera), self.words(ids)
+        said = torch.arange(words.shape[1], device=ids.device) < length[:, None]
+        return tokens, self.point(tokens, words, said.to(words.dtype)).softmax(1).mean(-1)
+
     def state_row(self, state: Tensor) -> Tensor:
         """Normalised proprioception [b, s] -> [b, 1, d], or [b, 0, d] without such a token."""
         if self.proprioception is None:

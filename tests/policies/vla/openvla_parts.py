@@ -75,8 +75,15 @@ def network(head: str, **changes: Any) -> OpenVLA:
     return model
 
 
-def policy(head: str, reducer: Reducer | None = None, **changes: Any) -> OpenVLAPolicy:
-    return OpenVLAPolicy(network(head, **changes), make_tokenizer(TEXTS), reducer)
+def policy(
+    head: str,
+    reducer: Reducer | None = None,
+    capture: bool | None = None,
+    device: str = "cpu",
+    **changes: Any,
+) -> OpenVLAPolicy:
+    model = network(head, **changes).to(device)
+    return OpenVLAPolicy(model, make_tokenizer(TEXTS), reducer, capture=capture)
 
 
 def observation(

@@ -89,11 +89,14 @@ def test_keeping_all_is_bit_equal_to_the_bare_network(head: str, name: str, sett
     assert np.array_equal(plainly(one, seen).numpy(), expected)
 
 
+@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("name", "settings"), PRUNERS)
-def test_dropping_equals_the_mask_oracle(head: str, name: str, settings: dict) -> None:
+def test_dropping_equals_the_mask_oracle(
+    head: str, name: str, settings: dict, capture: bool
+) -> None:
     reducer = build_reducer(name, **settings)
-    one, memory = policy(head, reducer), Memory()
+    one, memory = policy(head, reducer, capture), Memory()
     for step in range(4):
         seen = observation(step, time_s=0.1 * step)
         prefix = one.prefill(one.encode(seen), Budget(8), memory)
@@ -109,9 +112,10 @@ def test_dropping_equals_the_mask_oracle(head: str, name: str, settings: dict) -
     assert (attention[prefix.plan.anchor] > 0).all()
 
 
+@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_batch_equals_its_episodes_one_by_one(head: str) -> None:
-    one = policy(head, VLAPruner(layer=2))
+def test_a_batch_equals_its_episodes_one_by_one(head: str, capture: bool) -> None:
+    one = policy(head, VLAPruner(layer=2), capture)
     alone, together = [Memory(seed=i) for i in range(3)], [Memory(seed=i) for i in range(3)]
     for step in range(3):
         seen = [observation(10 * step + i, text=i % 2, time_s=0.1 * step) for i in range(3)]
@@ -128,8 +132,9 @@ def test_a_batch_equals_its_episodes_one_by_one(head: str) -> None:
             assert torch.allclose(looked, attention[i], atol=1e-5)
 
 
-def test_interleaved_episodes_do_not_touch_each_other() -> None:
-    one = policy("parallel", VLAPruner(layer=2))
+@pytest.mark.parametrize("capture", [False, True])
+def test_interleaved_episodes_do_not_touch_each_other(capture: bool) -> None:
+    one = policy("parallel", VLAPruner(layer=2), capture)
     alone = [[run(one, observation(10 * e + s), Budget(8), m) for s in range(4)]
              for e, m in enumerate((Memory(), Memory()))]  # fmt: skip
     memories = Memory(), Memory()
@@ -139,9 +144,10 @@ def test_interleaved_episodes_do_not_touch_each_other() -> None:
             assert np.array_equal(actions, alone[episode][step])
 
 
+@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_missing_camera_equals_a_hidden_one(head: str) -> None:
-    one = policy(head)
+def test_a_missing_camera_equals_a_hidden_one(head: str, capture: bool) -> None:
+    one = policy(head, capture=capture)
     for missing, first in (("scene", 1), ("wrist", 17)):
         seen = observation(missing=missing)
         scene = one.encode(seen)
@@ -152,8 +158,9 @@ def test_a_missing_camera_equals_a_hidden_one(head: str) -> None:
         assert np.abs(actions - expected.numpy()).max() < 1e-5
 
 
-def test_a_camera_that_drops_out_and_returns_keeps_its_past() -> None:
-    one, memory = policy("parallel", VLAPruner(layer=2)), Memory()
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_camera_that_drops_out_and_returns_keeps_its_past(capture: bool) -> None:
+    one, memory = policy("parallel", VLAPruner(layer=2), capture), Memory()
     for step, missing in enumerate((None, "wrist", None)):
         seen = observation(step, missing=missing, time_s=0.1 * step)
         prefix = one.prefill(one.encode(seen), Budget(8), memory)
@@ -178,9 +185,10 @@ def test_an_inference_from_before_a_reset_is_not_remembered() -> None:
     assert memory.state[STATE].glances == ()
 
 
+@pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_prefix_can_be_acted_from_again_with_a_newer_state(head: str) -> None:
-    one = policy(head, VLAPruner(layer=2))
+def test_a_prefix_can_be_acted_from_again_with_a_newer_state(head: str, capture: bool) -> None:
+    one = policy(head, VLAPruner(layer=2), capture)
     seen = observation()
     newer = Observation(seen.images, seen.state + 1, seen.instruction, 0.1)
     prefix = one.prefill(one.encode(seen), Budget(8), Memory())

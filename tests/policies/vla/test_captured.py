@@ -1,0 +1,139 @@
+"""OpenVLA-shaped policies in fixed shapes do what they do as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from policies.vla.openvla import OpenVLAPolicy
+from stream.data import Budget, Observation
+from stream.memory import Memory
+from stream.plan import Plan
+from stream.reducers.vla_cache import VLACache
+from stream.reducers.vla_pruner import VLAPruner
+from stream.registry import build_reducer
+from tests.policies.vla.openvla_parts import observation, policy
+
+HEADS = ("parallel", "autoregressive")
+REDUCERS: list[tuple[str, dict[str, Any]]] = [
+    ("identity", {}),
+    ("vla_pruner", {"layer": 2}),
+    ("vla_pruner", {"layer": None}),
+    ("vla_pruner", {"layer": 2, "mode": "paper"}),
+    ("vla_pruner", {"layer": 2, "mode": "released"}),
+    ("vla_pruner", {"layer": 3}),  # among the action layers: acted from as it stands
+    ("fastv", {"layer": 1}),
+    ("vla_cache", {}),
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    actions: Tensor
+    attention: Tensor
+    relevance: Tensor
+    plan: Plan
+    tokens: int
+
+
+def episode(one: OpenVLAPolicy, seen: Sequence[Observation], budgets: Sequence[int]) -> list[Step]:
+    memory, steps = Memory(), []
+    for observed, tokens in zip(seen, budgets, strict=True):
+        scene = one.encode(observed)
+        prefix = one.prefill(scene, Budget(min(tokens, scene.grid.size)), memory)
+        chunk, attention = one.act(prefix, observed)
+        one.remember(prefix, attention, memory)
+        (relevance,) = scene.signals.values()
+        actions = torch.from_numpy(chunk.actions)
+        steps.append(Step(actions, attention.cpu(), relevance.cpu(), prefix.plan, prefix.tokens))
+    return steps
+
+
+def check(captured: list[Step], stock: list[Step], within: float = 1e-5) -> None:
+    for one, other in zip(captured, stock, strict=True):
+        assert torch.allclose(one.relevance, other.relevance, atol=within)
+        assert one.plan.same_as(other.plan)
+        assert one.tokens == other.tokens
+        assert torch.allclose(one.actions, other.actions, atol=within)
+        assert torch.allclose(one.attention, other.attention, atol=within)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("name", "settings"), REDUCERS)
+def test_an_episode_is_the_same(head: str, name: str, settings: dict[str, Any]) -> None:
+    reducer = build_reducer(name, **settings)
+    missing = (None, None, None, None, "wrist", None, "scene")
+    seen = [observation(i, text=i % 2, missing=m, time_s=0.1 * i) for i, m in enumerate(missing)]
+    budgets = (8, 8, 32, 5, 8, 1, 8)
+    captured, stock = policy(head, reducer, True), policy(head, reducer, False)
+    check(episode(captured, seen, budgets), episode(stock, seen, budgets))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_camera_and_no_state(head: str) -> None:
+    changes: dict[str, Any] = {
+        "cameras": ["wrist"],
+        "state_size": 0,
+        "state_mean": [],
+        "state_std": [],
+    }
+    seen = [observation(i, time_s=0.1 * i) for i in range(3)]
+    reducer = VLAPruner(layer=1)
+    both = [policy(head, reducer, capture, **changes) for capture in (True, False)]
+    check(*(episode(one, seen, (16, 4, 4)) for one in both))
+
+
+def test_shapes_are_built_once_and_shared() -> None:
+    one = policy("autoregressive", VLAPruner(layer=2), capture=True)
+    other = one.pruned_by(VLAPruner(layer=2, mode="paper"))
+    captured = one.captured
+    assert captured is not None
+    assert other.captured is captured
+    for time, each in enumerate((one, other, one)):
+        seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(time + 4)]
+        episode(each, seen, [8, 32, 20, 16, 3, 8][: len(seen)])
+        for built in (captured.encoder.cache_info(), captured.behind.cache_info()):
+            assert (built.misses, built.currsize) == (1, 1)
+        assert built.hits == sum(range(4, time + 5)) - 1
+
+
+def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> None:
+    one = policy("parallel", VLAPruner(layer=2), capture=True)
+    assert one.captured is not None
+    seen = [observation(i, text=i) for i in range(2)]
+    prefixes = one.prefill_batch(one.encode_batch(seen), Budget(8), [Memory(), Memory()], [0, 0])
+    chunks, _ = one.act_batch(prefixes, seen)
+    assert one.captured.behind.cache_info().currsize == 0
+    for chunk, observed in zip(chunks, seen, strict=True):
+        (alone,) = episode(one, [observed], [8])
+        assert np.abs(chunk.actions - alone.actions.numpy()).max() < 1e-5
+    assert one.captured.behind.cache_info().currsize == 1
+
+
+def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:
+    assert policy("parallel").captured is None
+    assert policy("parallel", capture=False).captured is None
+    assert policy("parallel", capture=True).captured is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("reducer", [VLAPruner(layer=2), VLAPruner(layer=None), VLACache()])
+def test_graphs_act_as_the_network_does(head: str, reducer: Any) -> None:
+    seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(6)]
+    budgets = (8, 8, 32, 8, 5, 8)
+    both = [policy(head, reducer, capture, device="cuda") for capture in (True, False)]
+    check(*(episode(one, seen, budgets) for one in both), within=1e-4)
+    captured = both[0].captured
+    assert captured is not None
+    graphs = captured.pool.captured
+    assert graphs > 0
+    assert captured.pool.fallen_back == []
+    check(*(episode(one, seen, budgets) for one in both), within=1e-4)
+    assert captured.pool.captured == graphs
