@@ -14,6 +14,7 @@ import sims
 from foveate.cli import app
 from foveate.neighbour import Neighbour
 from policies.vla.base import Scene
+from sims.calibration import WARM_ROUNDS
 from stream.data import Observation
 from stream.errors import AttachError, ConfigError, UnknownNameError
 from stream.sinks.jsonl import read
@@ -67,6 +68,21 @@ def test_the_wall_is_calibrated_once(tmp_path: Path) -> None:
     assert str(card) in again["card"]
     assert "delete it to calibrate again" in again["card"]
     assert set(first["all"]["ms"]) == {"encode", "prefill", "act", "whole"}
+
+
+@pytest.mark.parametrize(("word", "capture"), [("auto", None), ("on", True), ("off", False)])
+def test_all_that_is_decided_is_warm_before_the_clock_runs(
+    word: str, capture: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, given = ToyPolicy(), []
+    monkeypatch.setattr(policies.vla, "load", lambda *asked: given.append(asked) or policy)
+    run("--budget-ms", "100", "--keep", "0.3", "--set", f"capture={word}")
+    tokens = [what for call, what in policy.calls if call == "prefill"]
+    assert given[0][3] is capture
+    warmed = 6 * WARM_ROUNDS
+    assert tokens[:warmed] == [32, 64, 128, 154, 256, 512] * WARM_ROUNDS
+    assert set(tokens[warmed:]) <= {32, 64, 128, 154, 256, 512}
+    assert tokens[-1] == 154
 
 
 def test_fixed_tokens_and_the_world_that_waits() -> None:
