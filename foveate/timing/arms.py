@@ -230,6 +230,7 @@ class FixedArm(Arm):
             stages=self.inside,
             read=max(1, prompt.slots),
             bidirectional=prompt.slots > 0,
+            keeps=prompt.slots == 0 or prompt.flow_steps > 0,
             memory=subject.memory,
         )
         length = self.bucket.before + self.visual + real

@@ -14,7 +14,11 @@ class StaticCache:
 
     Each layer holds [b, heads, capacity of the layer, d] keys and values. Before a pass over new
     tokens call `begin` or `append`.
+
+    keeps: whether first tokens are stored: not where nothing follows them.
     """
+
+    keeps = True
 
     def __init__(
         self,
@@ -51,8 +55,9 @@ class StaticCache:
         """Store new keys and values [b, heads, new, d]; return what the new tokens may look at."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self._places is None:
-            keys[:, :, : key.shape[2]] = key
-            values[:, :, : key.shape[2]] = value
+            if self.keeps:
+                keys[:, :, : key.shape[2]] = key
+                values[:, :, : key.shape[2]] = value
             return key, value
         at = self._places[layer_idx][:, None, :, None].expand_as(key)
         width = self._widths[layer_idx]

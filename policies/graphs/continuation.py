@@ -25,7 +25,7 @@ from .attention import NAME, register
 from .buckets import Section
 from .cache import StaticCache
 from .capture import GraphPool, Program, Work
-from .layer import lean
+from .layer import lean, run_layers
 
 ALIGN = 64
 """Key widths are multiples of this, as masked attention kernels want them."""
@@ -226,16 +226,8 @@ class Continuation:
     def _run(
         self, section: Section, x: Tensor, rotary: tuple[Tensor, ...], mask: Tensor | None
     ) -> Tensor:
-        for index in section.layers:
-            x = self._lean[index](
-                x,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=self.cache,
-                use_cache=True,
-                is_causal=self._causal,
-            )
-        return x
+        layers = self._lean[section.first : section.stop]
+        return run_layers(layers, x, mask, rotary, self.cache, self._causal)
 
     def _rows_read(self, lengths: Tensor, read: int) -> Tensor:
         """The last `read` of `lengths` (long [b]) places, long [b, read]."""

@@ -39,6 +39,7 @@ class StaticDecoder(Continuation):
 
     stages: reducers that act inside the model.
     bidirectional: the prompt sees itself whole too, and must fill its bucket.
+    keeps: whether the prompt stays in the cache, for what follows it.
     memory: what the stages remember of each request; a captured graph keeps what it first gave.
 
     After `prefill`, `anchor` (long [batch, visual]) holds the places in the grid of the visual
@@ -57,6 +58,7 @@ class StaticDecoder(Continuation):
         watch: Sequence[int] = (),
         read: int = 1,
         bidirectional: bool = False,
+        keeps: bool = True,
         memory: Callable[[], Memory] = Memory,
     ) -> None:
         parts = sections(stages, int(text_model.config.num_hidden_layers))
@@ -72,7 +74,7 @@ class StaticDecoder(Continuation):
             read=read,
             bidirectional=bidirectional,
         )
-        self._memory = memory
+        self._memory, self.cache.keeps = memory, keeps
         self.anchor = self.token.new_zeros(batch, max(b.visual for b in buckets))
         self._signals: dict[int, dict[Signal, Tensor]] = {}
         self._shapes = {

@@ -7,7 +7,7 @@ rotation is one kernel, the gate is one, a norm is one together with the sum tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,33 @@ def lean(layer: nn.Module) -> Callable[..., Tensor]:
     return LeanLayer(layer) if known else layer
 
 
+def run_layers(
+    layers: Sequence[Callable[..., Tensor]],
+    x: Tensor,
+    mask: Tensor | None,
+    tables: tuple[Tensor, ...],
+    store: Any,
+    is_causal: bool,
+) -> Tensor:
+    """x [b, n, d] through `layers`, lean ones or transformers' own; see `LeanLayer.__call__`."""
+    more: Tensor | None = None
+    one = next((layer.tables(tables) for layer in layers if isinstance(layer, LeanLayer)), tables)
+    for layer in layers:
+        if isinstance(layer, LeanLayer):
+            x, more = layer.behind(x, more, mask, one, store, is_causal)
+            continue
+        x = layer(
+            x if more is None else x + more,
+            attention_mask=mask,
+            position_embeddings=tables,
+            past_key_values=store,
+            use_cache=True,
+            is_causal=is_causal,
+        )
+        more = None
+    return x if more is None else x + more
+
+
 class LeanLayer:
     """Says what `layer`, one of KNOWN, says, up to rounding; bfloat16 is rounded less often.
 
@@ -46,6 +73,7 @@ class LeanLayer:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         own, mlp = layer.self_attn, layer.mlp
+        self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._project = one_product([own.q_proj, own.k_proj, own.v_proj])
         self._widen = one_product([mlp.gate_proj, mlp.up_proj])
         fused = _compiled() if layer.input_layernorm.weight.is_cuda else None
@@ -65,16 +93,35 @@ class LeanLayer:
     ) -> Tensor:
         """x [b, n, d] -> [b, n, d]; position_embeddings: cos and sin, [b or 1, n, head] or, with
         several axes of positions, [axes, b, n, head]."""
-        layer, norm = self._layer, self._layer.post_attention_layernorm
-        tables = position_embeddings
-        if tables[0].ndim == 4:
-            axes = layer.self_attn.config.rope_parameters["mrope_section"]
-            tables = tuple(one_axis(table, axes) for table in tables)
-        normed = _norm(layer.input_layernorm, x)
-        seen = self._attend(normed, attention_mask, is_causal, tables, past_key_values)
-        x, normed = self._add_norm(x, seen, norm.weight, norm.variance_epsilon)
-        said: Tensor = x + layer.mlp.down_proj(self._gate(*self._widen(normed)))
-        return said
+        tables = self.tables(position_embeddings)
+        x, more = self.behind(x, None, attention_mask, tables, past_key_values, is_causal)
+        return x + more
+
+    def tables(self, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """cos and sin as one table of positions each, [b or 1, n, head]."""
+        if tables[0].ndim < 4:
+            return tables
+        axes = self._layer.self_attn.config.rope_parameters["mrope_section"]
+        return tuple(one_axis(table, axes) for table in tables)
+
+    def behind(
+        self,
+        x: Tensor,
+        more: Tensor | None,
+        mask: Tensor | None,
+        tables: tuple[Tensor, ...],
+        store: Any,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The layer at x + more as (x', more'), so that the next one can sum and norm at once."""
+        layer, first, second = self._layer, *self._norms
+        if more is None:
+            normed = F.rms_norm(x, first.weight.shape, first.weight, first.variance_epsilon)
+        else:
+            x, normed = self._add_norm(x, more, first.weight, first.variance_epsilon)
+        seen = self._attend(normed, mask, is_causal, tables, store)
+        x, normed = self._add_norm(x, seen, second.weight, second.variance_epsilon)
+        return x, layer.mlp.down_proj(self._gate(*self._widen(normed)))
 
     def _attend(
         self,
@@ -123,10 +170,6 @@ def one_axis(table: Tensor, axes: list[int]) -> Tensor:
     """[axes, b, n, d] -> [b, n, d]: of each half of d, axis i gives the next axes[i] channels."""
     parts = table.split(axes * 2, -1)
     return torch.cat([part[i % len(axes)] for i, part in enumerate(parts)], -1)
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 @cache

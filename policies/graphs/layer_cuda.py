@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+_HEADS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -26,27 +27,31 @@ def _rotate(  # type: ignore[no-untyped-def]
     half,
     query_stride,
     key_stride,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    channel = tl.arange(0, HALF)
-    exists = channel < half
-    if head < heads:
+    block = tl.program_id(1)
+    query_blocks = tl.cdiv(heads, HEADS)
+    if block < query_blocks:
         source, target = query + token * query_stride, out_query + token * heads * 2 * half
-        at = head
+        count = heads
     else:
         source, target = key + token * key_stride, out_key + token * key_heads * 2 * half
-        at = head - heads
-    first, second = at * 2 * half + channel, at * 2 * half + half + channel
-    table = token * 2 * half + channel
+        block -= query_blocks
+        count = key_heads
+    head = (block * HEADS + tl.arange(0, HEADS))[:, None]
+    channel = tl.arange(0, HALF)[None, :]
+    exists = (head < count) & (channel < half)
+    first, second = head * 2 * half + channel, head * 2 * half + half + channel
+    table, known = token * 2 * half + channel, channel < half
     x = tl.load(source + first, mask=exists).to(tl.float32)
     y = tl.load(source + second, mask=exists).to(tl.float32)
-    c = tl.load(cos + table, mask=exists).to(tl.float32)
-    s = tl.load(sin + table, mask=exists).to(tl.float32)
+    c = tl.load(cos + table, mask=known).to(tl.float32)
+    s = tl.load(sin + table, mask=known).to(tl.float32)
     tl.store(target + first, x * c - y * s, mask=exists)
-    c = tl.load(cos + table + half, mask=exists).to(tl.float32)
-    s = tl.load(sin + table + half, mask=exists).to(tl.float32)
+    c = tl.load(cos + table + half, mask=known).to(tl.float32)
+    s = tl.load(sin + table + half, mask=known).to(tl.float32)
     tl.store(target + second, y * c + x * s, mask=exists)
 
 
@@ -83,7 +88,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     out_query, out_key = query.new_empty(query.shape), key.new_empty(key.shape)
     key_heads, half = key.shape[2], d // 2
     with torch.cuda.device_of(query):
-        _rotate[(b * n, heads + key_heads)](
+        _rotate[(b * n, triton.cdiv(heads, _HEADS) + triton.cdiv(key_heads, _HEADS))](
             query,
             key,
             cos,
@@ -95,8 +100,9 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             half,
             query.stride(1),
             key.stride(1),
+            _HEADS,
             triton.next_power_of_2(half),
-            num_warps=1,
+            num_warps=2,
         )
     return out_query, out_key
 
