@@ -26,6 +26,8 @@ class AskConfig(Config):
     model: a name in the box, a folder, or a hub name. settings: of the reducer. retain: share of
     the visual tokens to keep. frames: how many, evenly spaced; fps: instead, that many a second.
     encoder: `merge` or `skip` lets a SigLIP tower compute less, see policies/vision.
+    capture: answers in captured steps: `auto` on CUDA, `on`, `off`. The first answer behind prompts
+    of one length, rounded up to 256, then takes about three steps longer, for once.
     """
 
     model: str = "tiny-video"
@@ -37,6 +39,7 @@ class AskConfig(Config):
     decoder: Literal["pyav", "decord"] = "pyav"
     positions: Literal["keep", "renumber"] = "keep"
     encoder: Literal["exact", "merge", "skip"] = "exact"
+    capture: Literal["auto", "on", "off"] = "auto"
     runner: Literal["ray", "inline"] = "ray"
     device: str | None = None
     seed: int = 0

@@ -151,11 +151,16 @@ class ReductionHooks:
                 )
                 stack.callback(hook.remove)
             _attached.add(self.text_model)
-            stack.callback(_attached.discard, self.text_model)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.detach()
+        _attached.discard(self.text_model)
+
+    def detach(self) -> None:
+        """From here on the model runs untouched, but is not free for others before the end; what
+        the last prefill came to stays to be read."""
         self._stack.close()
         self._expected = None
 

@@ -67,8 +67,7 @@ class LiveCache:
     def _extend(self) -> None:
         """Prefill what is not cached yet."""
         prompt = self._reasoner.prompt(joined(self._videos), [""])
-        trailing = self._reasoner.adapter.trailing()
-        stop = prompt.shared - (0 if trailing is None else trailing.shape[0])
+        stop = prompt.text_from
         position = prompt.position_ids[..., :stop]
         have = self._cache.get_seq_length()
         if self._position is not None and not position[..., :have].equal(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self
+from functools import cached_property, partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
 from stream.data import Answer, Frame
 from stream.pipeline import EncodedVideo, ReducedVideo, Reply
@@ -20,6 +20,7 @@ from stream.reducers.base import Reducer
 from stream.signals import Signal, Signals
 
 from .adapter import SaliencyTap, VideoAdapter, adapter_for
+from .graphs.greedy import GreedySteps, Listener, Progress
 from .hooks import Positions, ReductionHooks
 from .kvcache import branch
 from .live_cache import LiveCache
@@ -32,8 +33,8 @@ from .vision.lean import Encoder
 class Prompt:
     """Inputs of one batched prefill: [b, n] each.
 
-    All rows share their first `shared` places, up to the end of the video; padding comes next, then
-    the question. slots: visual places, the same in every row; text_from: the place behind them.
+    slots: visual places, the same in every row; text_from: the place behind them. All rows are
+    alike up to there; what closes a video comes next, then padding, then the question.
     """
 
     embeds: Tensor
@@ -41,32 +42,20 @@ class Prompt:
     position_ids: Tensor
     slots: Tensor
     text_from: int
-    shared: int
 
 
-Listener = Callable[[Sequence[int]], bool]
-"""The first answer's token ids so far -> whether to stop."""
-
-
-class _Progress(StoppingCriteria):
-    """Notes when the first token was ready, and asks the listener, if there is one, to go on."""
-
-    def __init__(self, listener: Listener | None) -> None:
-        self._listener = listener
-        self.at_s: float | None = None
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.at_s is None:
-            self.at_s = time.perf_counter()
-        stop = self._listener is not None and self._listener(input_ids[0].tolist())
-        return torch.full((input_ids.shape[0],), stop, device=input_ids.device)
+Capture = Literal["auto", "on", "off"]
+"""Whether answers are decoded in captured steps: `auto` on CUDA, `on` everywhere (a CPU runs the
+same steps as they stand), `off` nowhere."""
 
 
 class VideoReasoner:
     """Encodes frames, and answers questions about reduced videos, with one transformers model.
 
     positions: `keep` lets a token stand where its anchor stood; `renumber` closes the gaps.
-    encoder: how the vision tower runs, see `policies.vision.lean`.
+    encoder: how the vision tower runs, see `policies.vision.lean`. capture: see `Capture`.
+
+    For one thread at a time: an answer that begins while another one is under way is refused.
     """
 
     def __init__(
@@ -77,6 +66,7 @@ class VideoReasoner:
         *,
         positions: Positions = "keep",
         encoder: Encoder = "exact",
+        capture: Capture = "auto",
         max_new_tokens: int = 16,
     ) -> None:
         self.adapter: VideoAdapter = adapter_for(model)
@@ -89,6 +79,8 @@ class VideoReasoner:
         self._listener: Listener | None = None
         self._needs_saliency = any(Signal.SALIENCY in s.needs for s in reducer.stages)
         self._lean = self.adapter.lean(encoder)
+        captures = capture == "on" or (capture == "auto" and model.device.type == "cuda")
+        self._steps = GreedySteps.of(model, self.adapter.text_model) if captures else None
 
     @classmethod
     def load(cls, name: str, reducer: Reducer, device: str | None = None, **options: Any) -> Self:
@@ -129,8 +121,12 @@ class VideoReasoner:
         )
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
-        cache = None if inside else self._shared_prefill(prompt, cached)
-        first = _Progress(self._listener)
+        alone = len(questions) == 1
+        steps = self._steps if alone or not inside else None
+        whole = inside or (alone and cached is None)
+        to_question = steps is not None or not alone
+        cache = None if whole else self._shared_prefill(prompt, cached, to_question)
+        progress = Progress(self._listener)
         with hooks:
             if inside:
                 span = VideoSpan(
@@ -146,14 +142,15 @@ class VideoReasoner:
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
-                stopping_criteria=StoppingCriteriaList([first]),
+                stopping_criteria=None if steps else StoppingCriteriaList([progress]),
+                custom_generate=steps and partial(steps.decode, progress=progress, hooks=hooks),
                 pad_token_id=self._pad_id,
             )
             text = prompt.embeds.shape[1] - video.plan.k
             reduced = [float(n - text) for n in hooks.lengths()]
             plans = [span.plan for row in hooks.rows for span in row]
         end_s = time.perf_counter()
-        first_s = first.at_s or end_s
+        first_s = progress.at_s or end_s
         timings = {"prefill": (first_s - start_s) * 1e3, "decode_tokens": (end_s - first_s) * 1e3}
         return Reply(
             self._answers(output),
@@ -209,27 +206,28 @@ class VideoReasoner:
         """The longest prompt and answer that the language model was made for."""
         return int(self.adapter.text_model.config.max_position_embeddings)
 
-    def _shared_prefill(self, prompt: Prompt, cached: DynamicCache | None) -> DynamicCache:
-        """KV cache of the places that all rows share, for each row; a branch of `cached`, if given.
+    def _shared_prefill(
+        self, prompt: Prompt, cached: DynamicCache | None, to_question: bool
+    ) -> DynamicCache:
+        """KV cache of what all rows begin with, for each row; a branch of `cached`, if given.
 
-        What one question alone needs is left to its own prefill.
+        to_question: it reaches as far as the rows are alike; else what `cached` lacks is left.
         """
-        rows = prompt.embeds.shape[0]
         cache = (
             DynamicCache(config=self.adapter.text_model.config)
             if cached is None
             else branch(cached)
         )
-        have = cache.get_seq_length()
-        if cached is None or (rows > 1 and have < prompt.shared):
+        new = slice(cache.get_seq_length(), prompt.text_from)
+        if to_question and new.start < new.stop:
             self.adapter.text_model(
-                inputs_embeds=prompt.embeds[:1, have : prompt.shared],
-                attention_mask=prompt.mask[:1, : prompt.shared],
-                position_ids=prompt.position_ids[..., :1, have : prompt.shared],
+                inputs_embeds=prompt.embeds[:1, new],
+                attention_mask=prompt.mask[:1, : new.stop],
+                position_ids=prompt.position_ids[..., :1, new],
                 past_key_values=cache,
                 use_cache=True,
             )
-        return branch(cache, rows)
+        return branch(cache, prompt.embeds.shape[0])
 
     def prompt(self, video: ReducedVideo, questions: Sequence[str]) -> Prompt:
         """Questions behind one video, as the model would have laid them out, reduced.
@@ -265,8 +263,7 @@ class VideoReasoner:
         mask, position = mask[:, kept], position[..., kept]
         if self._positions == "renumber" and video.plan.k < n:
             position = (mask.cumsum(-1) - 1).clamp_min(0).expand(*position.shape[:-1], -1)
-        text_from = start + video.plan.k
-        return Prompt(embeds, mask, position.contiguous(), slots, text_from, text_from + extra)
+        return Prompt(embeds, mask, position.contiguous(), slots, start + video.plan.k)
 
     @cached_property
     def _pad_id(self) -> int:

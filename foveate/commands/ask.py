@@ -100,6 +100,7 @@ def load_reasoner(config: AskConfig, reducer: Reducer) -> Any:
         config.device,
         positions=config.positions,
         encoder=config.encoder,
+        capture=config.capture,
         max_new_tokens=config.max_new_tokens,
     )
 

@@ -45,7 +45,7 @@ ENCODING = {
 }
 """Settings that decide the reduced tokens."""
 
-ANSWERING = {"device", "max_new_tokens", "questions_at_once"}
+ANSWERING = {"device", "capture", "max_new_tokens", "questions_at_once"}
 """Settings that decide the answers beside those; the others may change when a run goes on."""
 
 

@@ -97,7 +97,12 @@ def make_service(config: ServeConfig, access: Access) -> Service:
     from .ask import load_reasoner
 
     reducer = reducer_of(config.reducer, **config.settings)
-    asking = AskConfig(model=config.model, positions=config.positions, device=config.device)
+    asking = AskConfig(
+        model=config.model,
+        positions=config.positions,
+        capture=config.capture,
+        device=config.device,
+    )
     return Service(config, access, load_reasoner(asking, reducer), reducer, __version__)
 
 

@@ -31,12 +31,14 @@ class WatchConfig(Config):
 
     shared_tokens_per_s: one budget for all streams, `floor` of it in equal parts, the rest by
     novelty; else each has `stream.tokens_per_s`. stale_s: an answer from older frames says so.
+    capture: as in AskConfig.
     """
 
     model: str = "tiny-video"
     reducer: str = "holitom_outer"
     settings: dict[str, Any] = Field(default_factory=dict)
     positions: Literal["keep", "renumber"] = "keep"
+    capture: Literal["auto", "on", "off"] = "auto"
     runner: Literal["ray", "inline"] = "ray"
     device: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 16
@@ -103,6 +105,7 @@ def attach(names: Mapping[str, str], config: WatchConfig, archive: Path | None) 
     asking = AskConfig(
         model=config.model,
         positions=config.positions,
+        capture=config.capture,
         device=config.device,
         max_new_tokens=config.max_new_tokens,
     )

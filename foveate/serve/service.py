@@ -33,7 +33,8 @@ class ServeConfig(Config):
     """The model and how it is used; see configs/serve/.
 
     reducer: one that acts before the language model, or no camera can be attached. retain, frames:
-    of files, where a request states none. stream, source: of attached cameras.
+    of files, where a request states none. stream, source: of attached cameras. capture: as in
+    AskConfig.
     """
 
     model: str = "tiny-video"
@@ -42,6 +43,7 @@ class ServeConfig(Config):
     retain: float = Field(default=0.15, gt=0, le=1)
     frames: int = Field(default=32, ge=1)
     positions: Literal["keep", "renumber"] = "keep"
+    capture: Literal["auto", "on", "off"] = "auto"
     device: str | None = None
     seed: int = 0
     limits: Limits = Limits()

@@ -102,7 +102,8 @@ class Continuation:
         self._held = zeros(len(self.sections), batch)
         self._mark = (self._position.clone(), self._held.clone())
         self._pass: Pass | None = None
-        self._programs: dict[Widths, tuple[Program, Program]] = {}
+        self._texts: dict[tuple[Widths, int], Program] = {}
+        self._steps: dict[Widths, Program] = {}
         heads = int(config.num_attention_heads)
         self.cache = StaticCache(
             [
@@ -155,15 +156,15 @@ class Continuation:
     def extend(self, widths: Widths, embeds: Tensor, lengths: Tensor) -> Tensor:
         """Put more text behind: embeds [batch, n, d], padded; lengths long [batch].
 
-        The texts of one set of widths must always come in the same n. Returns what `head` says at
-        the last `read` real places, [batch, read, ...].
+        Each n is a program of its own, so n should take few values. Returns what `head` says at the
+        last `read` real places, [batch, read, ...].
         """
-        (said,) = self._of(widths)[0](embeds, lengths)
+        (said,) = self._text_program(widths, embeds.shape[1])(embeds, lengths)
         return said
 
     def step(self, widths: Widths) -> Tensor:
         """Put `token` behind everything; returns [batch, 1, ...]."""
-        (said,) = self._of(widths)[1]()
+        (said,) = self._step_program(widths)()
         return said
 
     def mark(self) -> None:
@@ -181,22 +182,31 @@ class Continuation:
         """What a pass changes in place, the cache aside."""
         return [self.token, self._position, self._held, self.looked]
 
-    def _of(self, widths: Widths) -> tuple[Program, Program]:
-        if widths not in self._programs:
+    def forget(self) -> None:
+        """Let the programs go: they hold this object, and with it the memory of its cache."""
+        self._texts.clear()
+        self._steps.clear()
+
+    def _text_program(self, widths: Widths, n: int) -> Program:
+        if (widths, n) not in self._texts:
 
             def extend(embeds: Tensor, lengths: Tensor) -> tuple[Tensor]:
                 return (self._follow(widths, embeds, lengths, self._read),)
+
+            name = f"Text of {n} places behind {max(widths)} tokens, batch {self._batch},"
+            self._texts[widths, n] = self._program(name, extend, self._state)
+        return self._texts[widths, n]
+
+    def _step_program(self, widths: Widths) -> Program:
+        if widths not in self._steps:
 
             def step() -> tuple[Tensor]:
                 one = torch.ones(self._batch, dtype=torch.long, device=self._device)
                 return (self._follow(widths, self._embed(self.token), one, 1),)
 
-            name = f"behind {max(widths)} tokens, batch {self._batch},"
-            self._programs[widths] = (
-                self._program(f"Text {name}", extend, self._state),
-                self._program(f"A decode step {name}", step, self._state),
-            )
-        return self._programs[widths]
+            name = f"A decode step behind {max(widths)} tokens, batch {self._batch},"
+            self._steps[widths] = self._program(name, step, self._state)
+        return self._steps[widths]
 
     def _program(self, name: str, work: Work, state: Sequence[Tensor]) -> Program:
         """A program of this model's layers; see `Program`."""

@@ -1,0 +1,161 @@
+"""Greedy answers in captured steps: what transformers' `generate` runs in place of its own loop.
+
+`generate` still reads the model's settings: the end tokens, a penalty on repetition and the like
+come from it and are applied to every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..hooks import ReductionHooks
+from .capture import GraphPool
+from .continuation import Continuation, Widths, rows_of, sections_of
+
+KEPT = 4
+"""Shapes of prompts whose programs and KV buffers are kept."""
+
+WIDTH, TEXT = 256, 32
+"""Key widths and lengths of texts are multiples of these, so that few programs serve all."""
+
+Listener = Callable[[Sequence[int]], bool]
+"""The first answer's token ids so far -> whether to stop."""
+
+
+class Progress(StoppingCriteria):
+    """Notes when the first token was ready, and asks the listener, if there is one, to go on."""
+
+    def __init__(self, listener: Listener | None) -> None:
+        self._listener = listener
+        self.at_s: float | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        ids = [] if self._listener is None else input_ids[0].tolist()
+        return torch.full((input_ids.shape[0],), self.stop(ids), device=input_ids.device)
+
+    def stop(self, token_ids: Sequence[int]) -> bool:
+        if self.at_s is None:
+            self.at_s = time.perf_counter()
+        return self._listener is not None and self._listener(token_ids)
+
+
+class GreedySteps:
+    """Decodes behind prompts of one model; programs and KV buffers of KEPT shapes of prompts stay,
+    the longest unused goes. For one thread at a time.
+
+    A shape is the number of sequences and, for each run of layers that hold equally many tokens,
+    that number rounded up. The first answer of a shape costs about three steps more on CUDA.
+    """
+
+    def __init__(self, text_model: PreTrainedModel, head: nn.Module) -> None:
+        self._text_model, self._head = text_model, head
+        self._device = next(text_model.parameters()).device
+        self._behind: OrderedDict[tuple[Any, ...], Continuation] = OrderedDict()
+
+    @classmethod
+    def of(cls, model: Any, text_model: PreTrainedModel) -> Self | None:
+        """None where a layer forgets what is far back: that has no fixed shape here."""
+        kinds = set(getattr(text_model.config, "layer_types", None) or ["full_attention"])
+        whole = kinds == {"full_attention"}
+        return cls(text_model, model.get_output_embeddings()) if whole else None
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        progress: Progress,
+        hooks: ReductionHooks,
+        **inputs: Any,
+    ) -> GenerateDecoderOnlyOutput:
+        """For `custom_generate`, with the last two bound; `generate` gives the others.
+
+        The cache is empty, or holds the first places of the prompt, which are real ones in every
+        sequence; the positions of what is left follow each other. A prompt behind an empty cache
+        has no padding. hooks: attached; they see the prefill and are detached behind it.
+        """
+        embeds, cache = inputs["inputs_embeds"], inputs["past_key_values"]
+        mask, ids = inputs["attention_mask"], inputs["position_ids"]
+        axes = ids[1:] if ids.shape[:-2] == (4,) else ids  # the first of four is no rotary one
+        if have := cache.get_seq_length():
+            text, lengths, position = _left(embeds, mask, axes, have)
+        else:
+            said = model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            text, position = embeds[:, :0], axes[..., -1:] + 1
+        hooks.detach()
+        new = text.shape[1] + int(generation_config.max_new_tokens or 0)
+        widths, behind = self._continuation(cache, new)
+        behind.adopt(cache, position)
+        if have:
+            said = behind.extend(widths, text, lengths)
+        going = embeds.new_ones(len(embeds), dtype=torch.bool)
+        logits, first_row = [], []
+        while True:
+            logits.append(said[:, -1].to(torch.float32, copy=True))
+            scores = logits_processor(input_ids, logits[-1])
+            token = torch.where(going, scores.argmax(-1), int(generation_config.pad_token_id))
+            input_ids = torch.cat([input_ids, token[:, None]], 1)
+            going = going & ~stopping_criteria(input_ids, scores)
+            first, *any_going = torch.cat([token[:1], going]).tolist()
+            first_row.append(first)
+            if progress.stop(first_row) or not any(any_going):
+                break
+            behind.token.copy_(token[:, None])
+            said = behind.step(widths)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, logits=tuple(logits))
+
+    def _continuation(self, cache: DynamicCache, new: int) -> tuple[Widths, Continuation]:
+        """With room for `new` places behind a cache; key widths of its sections."""
+        sections, layers = sections_of(cache), list[Any](cache.layers)
+        held = [layers[section.first].keys.shape for section in sections]
+        widths = tuple(-(-(shape[2] + new) // WIDTH) * WIDTH for shape in held)
+        batch = held[0][0]
+        shape = (batch, *(section.stop for section in sections), *widths)
+        if shape not in self._behind:
+            if len(self._behind) == KEPT:
+                self._behind.popitem(last=False)[1].forget()
+            self._behind[shape] = Continuation(
+                self._text_model,
+                self._head,
+                sections,
+                widths,
+                GraphPool(self._device),
+                batch=batch,
+            )
+        self._behind.move_to_end(shape)
+        return widths, self._behind[shape]
+
+
+def _left(embeds: Tensor, mask: Tensor, ids: Tensor, have: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows the first `have` places: embeds [b, n, d] with its padding on the right, real
+    tokens long [b], position of the first of them long [..., b, 1]."""
+    mask = mask[:, have:]
+    order = mask.argsort(dim=-1, descending=True, stable=True)
+    text = F.pad(rows_of(embeds[:, have:], order), (0, 0, 0, -order.shape[1] % TEXT))
+    first = order[:, :1].expand(*ids.shape[:-1], 1)
+    return text, mask.sum(-1), ids[..., have:].gather(-1, first)

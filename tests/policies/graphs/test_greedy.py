@@ -1,0 +1,218 @@
+"""Answers in fixed-shape steps are those of transformers' own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from policies.graphs import greedy
+from policies.graphs.continuation import Continuation
+from policies.hooks import Positions
+from policies.models import load
+from policies.reasoner import Capture, VideoReasoner
+from stream.data import Budget
+from stream.errors import AttachError
+from stream.memory import Memory
+from stream.pipeline import ReducedVideo, Reply, reduce_video
+from stream.registry import build_reducer
+
+from ..test_reasoner import FRAMES, family
+
+FAMILIES = ["llava_onevision", "qwen2_5_vl"]
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "identity": ("identity", {}),
+    "holitom": ("holitom", {}),
+    "holitom_outer": ("holitom", {"inner": None}),
+    "fastv": ("fastv", {}),
+}
+QUESTIONS = ["what moves", "where is it now where is it", "it moves now"]
+
+
+class Pair:
+    """One model answering with transformers' loop and in fixed-shape steps."""
+
+    def __init__(
+        self, parts: tuple[Any, Any], method: str = "holitom_outer", **options: Any
+    ) -> None:
+        self.model = parts[0]
+        name, settings = METHODS[method]
+        reducer = build_reducer(name, **settings)
+
+        def reasoner(capture: Capture) -> VideoReasoner:
+            return VideoReasoner(
+                *parts, reducer, capture=capture, **{"max_new_tokens": 5} | options
+            )
+
+        self.stock, self.fixed = reasoner("off"), reasoner("on")
+        encoded = self.stock.encode(FRAMES)
+        budget = Budget.ratio(0.4, of=encoded.grid.size)
+        self.video: ReducedVideo = reduce_video(encoded, reducer, budget, Memory())
+
+    def same(self, questions: Sequence[str]) -> Reply:
+        expected = self.stock.answer(self.video, questions)
+        return same(self.fixed.answer(self.video, questions), expected)
+
+    @property
+    def shapes(self) -> list[Continuation]:
+        assert self.fixed._steps is not None
+        return list(self.fixed._steps._behind.values())
+
+    @property
+    def programs(self) -> int:
+        return sum(len(c._texts) + len(c._steps) for c in self.shapes)
+
+
+def same(reply: Reply, expected: Reply, atol: float = 1e-5) -> Reply:
+    for one, other in zip(reply.answers, expected.answers, strict=True):
+        assert (one.text, one.token_ids) == (other.text, other.token_ids)
+        assert one.confidence == pytest.approx(other.confidence, abs=atol)
+    for plan, wanted in zip(reply.plans, expected.plans, strict=True):
+        assert plan.same_as(wanted)
+    assert reply.layer_tokens == expected.layer_tokens
+    assert reply.timings_ms.keys() == expected.timings_ms.keys()
+    return reply
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replies_are_those_of_the_stock_loop(name: str, method: str, positions: Positions) -> None:
+    pair = Pair(family(name), method, positions=positions)
+    alone = pair.same(QUESTIONS[:1])
+    assert len(alone.answers[0].token_ids) == 5
+    assert pair.programs == 1, "a prompt that is prefilled whole needs the steps alone"
+    pair.same(QUESTIONS)
+    inside = method in ("holitom", "fastv")
+    assert pair.programs == (1 if inside else 3)
+    counts = alone.layer_tokens
+    assert (counts[0] > counts[-1]) == inside
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_streams_cache_is_asked_and_left_as_it_is(name: str, positions: Positions) -> None:
+    pair = Pair(family(name), positions=positions)
+    caches = [reasoner.live_cache() for reasoner in (pair.stock, pair.fixed)]
+    for cache in caches:
+        cache.hold([pair.video])
+    for questions in (QUESTIONS[:1], QUESTIONS, QUESTIONS[1:2]):
+        for tail in (None, pair.video):
+            expected, reply = (cache.answer(questions, tail) for cache in caches)
+            same(reply, expected)
+    assert caches[0].tokens == caches[1].tokens
+    one, other = (cache._cache.layers[-1].keys for cache in caches)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_answer_ends_at_its_own_end(method: str) -> None:
+    pair = Pair(family("llava_onevision"), method)
+    whole = pair.same(QUESTIONS).answers
+    ends = [whole[0].token_ids[1], whole[1].token_ids[3]]
+    pair.model.generation_config.eos_token_id = ends
+    for questions in (QUESTIONS[:1], QUESTIONS):
+        answers = pair.same(questions).answers
+        assert len(answers[0].token_ids) <= 1
+        for answer in answers:
+            assert not set(answer.token_ids) & set(ends)
+
+
+@pytest.mark.parametrize("questions", [QUESTIONS[:1], QUESTIONS])
+def test_one_token(questions: list[str]) -> None:
+    pair = Pair(family("qwen2_5_vl"), max_new_tokens=1)
+    assert [len(a.token_ids) for a in pair.same(questions).answers] == [1] * len(questions)
+
+
+def test_settings_of_the_model_for_generation_hold() -> None:
+    """LLaVA-OneVision and Qwen2.5-VL come with a penalty on repetition."""
+    pair = Pair(family("llava_onevision"), max_new_tokens=12)
+    free = pair.same(QUESTIONS)
+    pair.model.generation_config.repetition_penalty = 3.0
+    bound = pair.same(QUESTIONS)
+    assert free.answers != bound.answers
+
+
+def test_a_listener_follows_and_ends_an_answer() -> None:
+    pair = Pair(family("llava_onevision"))
+    heard: dict[str, list[tuple[int, ...]]] = {"stock": [], "fixed": []}
+
+    def reply(which: str) -> Reply:
+        def listener(token_ids: Sequence[int]) -> bool:
+            heard[which].append(tuple(token_ids))
+            return len(token_ids) == 3
+
+        reasoner: VideoReasoner = getattr(pair, which)
+        with reasoner.generating(8, listener):
+            return reasoner.answer(pair.video, QUESTIONS)
+
+    same(reply("fixed"), reply("stock"))
+    assert heard["fixed"] == heard["stock"]
+    assert [len(ids) for ids in heard["fixed"]] == [1, 2, 3]
+
+
+def test_an_answer_within_an_answer_is_refused() -> None:
+    pair = Pair(family("llava_onevision"))
+
+    def listener(token_ids: Sequence[int]) -> bool:
+        with pytest.raises(AttachError, match="pruned already"):
+            pair.fixed.answer(pair.video, QUESTIONS[1:2])
+        return False
+
+    expected = pair.stock.answer(pair.video, QUESTIONS[:1])
+    with pair.fixed.generating(5, listener):
+        same(pair.fixed.answer(pair.video, QUESTIONS[:1]), expected)
+
+
+def test_another_question_runs_the_same_programs() -> None:
+    pair = Pair(family("llava_onevision"))
+    cache = pair.fixed.live_cache()
+    cache.hold([pair.video])
+    for question in QUESTIONS:
+        cache.answer([question], None)
+    assert (len(pair.shapes), pair.programs) == (1, 2)
+    cache.answer([" ".join(QUESTIONS * 4)], None)
+    assert (len(pair.shapes), pair.programs) == (1, 3), "a longer text is a program of its own"
+
+
+def test_the_longest_unused_shape_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy, "KEPT", 2)
+    pair = Pair(family("llava_onevision"))
+    pair.same(QUESTIONS[:1])
+    first = pair.shapes[0]
+    pair.same(QUESTIONS[:2])
+    pair.same(QUESTIONS[:1])
+    pair.same(QUESTIONS)
+    assert [c.token.shape[0] for c in pair.shapes] == [1, 3]
+    assert pair.shapes[0] is first
+    pair.same(QUESTIONS[:2])
+    assert [c.token.shape[0] for c in pair.shapes] == [3, 2]
+    assert not first._steps, "nothing holds the buffers of what went"
+
+
+def test_layers_that_forget_stay_with_the_stock_loop() -> None:
+    parts = family("llava_onevision")
+    text = parts[0].model.language_model.config
+    text.layer_types = ["sliding_attention", *text.layer_types[1:]]
+    assert VideoReasoner(*parts, build_reducer("identity"), capture="on")._steps is None
+
+
+def test_a_cpu_decodes_as_transformers_does_unless_told() -> None:
+    reducer = build_reducer("identity")
+    assert VideoReasoner(*family("llava_onevision"), reducer)._steps is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_answers_on_a_gpu_are_those_of_the_stock_loop(method: str) -> None:
+    pair = Pair(load("tiny-video", "cuda", torch.float32), method, max_new_tokens=8)
+    pair.model.generation_config.eos_token_id = None
+    for _ in range(2):
+        for questions in (QUESTIONS[:1], QUESTIONS):
+            expected = pair.stock.answer(pair.video, questions)
+            same(pair.fixed.answer(pair.video, questions), expected, atol=1e-3)
+    pools = [c._pool for c in pair.shapes]
+    assert not any(pool.fallen_back for pool in pools)
+    assert sum(pool.captured for pool in pools) == pair.programs > 0
