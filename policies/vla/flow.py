@@ -57,18 +57,28 @@ class Request:
 
 
 @dataclass(slots=True)
-class Inference:
-    """One prefilled prefix and the flow steps over it.
+class FlowSteps:
+    """The flow steps over one prefix.
 
-    step: flow steps begun, less one. looked: float32 [b, length of the prefix], what the action
-    rows paid to each place, summed over `looks` layers and steps.
+    length: of the whole prefix. alive: by layer, long [b, n], places that are left; None = all.
+    looked: float32 [b, length], what the action rows paid to each place, summed over `looks`
+    layers and steps. step: steps begun, less one.
     """
 
-    request: Request
-    prefill: Prefill
+    length: int
+    alive: dict[int, Tensor | None]
     looked: Tensor
     looks: int = 0
     step: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """One prefilled prefix and the flow steps over it."""
+
+    request: Request
+    prefill: Prefill
+    steps: FlowSteps
 
     @property
     def plans(self) -> list[Plan]:
@@ -77,23 +87,25 @@ class Inference:
 
     def anew(self) -> Inference:
         """The same prefix, as if no flow step had begun."""
-        return Inference(self.request, self.prefill, torch.zeros_like(self.looked))
+        before = self.steps
+        steps = FlowSteps(before.length, before.alive, torch.zeros_like(before.looked))
+        return Inference(self.request, self.prefill, steps)
 
     def attention(self) -> list[Tensor]:
         """For each sequence: what the actions paid to each token left, float32 [k]."""
-        alive = self.prefill.alive[max(self.prefill.alive)]
+        steps = self.steps
+        alive = steps.alive[max(steps.alive)]
         slots = [span.slots for (span,) in self.prefill.rows]
         if alive is not None:
             slots = [alive[i, at] for i, at in enumerate(slots)]
-        return [self.looked[i, at] / max(self.looks, 1) for i, at in enumerate(slots)]
+        return [steps.looked[i, at] / max(steps.looks, 1) for i, at in enumerate(slots)]
 
 
 class FlowPruning:
     """Runs the stages of a reducer inside a policy. A context manager.
 
     Call `expect` before a prefix runs; without it the prefix, and the flow steps over it, run
-    untouched. `inference` is then the one that later flow steps belong to; set it to go back to
-    an earlier prefix.
+    untouched. Later flow steps belong to `steps`; set it to go back to an earlier prefix.
 
     look: watch what the actions look at even if the reducer does not remember it.
     """
@@ -118,13 +130,18 @@ class FlowPruning:
         if look and not self.action_layers:
             self.action_layers = frozenset(range(depth // 2, depth))
         self.inference: Inference | None = None
+        self.steps: FlowSteps | None = None
         self._request: Request | None = None
         self._shown: tuple[Tensor, Tensor, Tensor] | None = None
         self._stack = ExitStack()
 
-    def expect(self, request: Request | None) -> None:
-        """Announce the next prefix; None = it runs untouched."""
+    def expect(self, request: Request) -> None:
+        """Announce the next prefix."""
         self._request = request
+
+    def forget(self) -> None:
+        """What runs next runs untouched."""
+        self._request = self.inference = self.steps = self._shown = None
 
     def lengths(self) -> list[int]:
         """Tokens, text included, that entered each layer of the last prefix."""
@@ -161,7 +178,7 @@ class FlowPruning:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._request = self.inference = self._shown = None
+        self.forget()
 
     def enter(
         self, layer: int, hidden: Tensor, positions: Tensor, mask: Tensor
@@ -187,23 +204,22 @@ class FlowPruning:
 
     def alive(self, layer: int) -> Tensor | None:
         """long [b, n]: places of the prefix that are left at a layer; None = all."""
-        return self.inference.prefill.alive[layer] if self.inference else None
+        return self.steps.alive[layer] if self.steps else None
 
     def enter_step(self, layer: int, mask: Tensor) -> Tensor:
         """A flow step comes to a layer: the mask [b, ..., s, n0 + s], of the keys it has.
 
         All layers of a step get one mask, and most have the same keys: it is made once for them.
         """
-        if self.inference is None:
+        if self.steps is None:
             return mask
         if layer == 0:
-            self.inference.step += 1
-        alive = self.inference.prefill.alive[layer]
+            self.steps.step += 1
+        alive = self.steps.alive[layer]
         if alive is None:
             return mask
         if self._shown is None or self._shown[0] is not mask or self._shown[1] is not alive:
-            length = self.inference.prefill.full_length
-            own = torch.arange(length, mask.shape[-1], device=mask.device)
+            own = torch.arange(self.steps.length, mask.shape[-1], device=mask.device)
             columns = torch.cat([alive, own.expand(len(alive), -1)], 1)
             self._shown = mask, alive, _taken(mask, columns, -1)
         return self._shown[2]
@@ -213,17 +229,17 @@ class FlowPruning:
 
         Under autograd, as in real-time chunking's guidance, only that of the first one.
         """
-        state = self.inference
+        state = self.steps
         if state is None or layer not in self.action_layers:
             return False
         return state.step == 0 or (state.step > 0 and not torch.is_grad_enabled())
 
     def look(self, layer: int, received: Tensor) -> None:
         """received: [b, keys of the layer], mean over heads and action rows."""
-        state = self.inference
+        state = self.steps
         assert state is not None
-        alive = state.prefill.alive[layer]
-        width = state.prefill.full_length if alive is None else alive.shape[1]
+        alive = state.alive[layer]
+        width = state.length if alive is None else alive.shape[1]
         received = received.detach()[:, :width].float()
         if alive is None:
             state.looked += received
@@ -232,8 +248,8 @@ class FlowPruning:
         state.looks += 1
 
     def _begin(self, hidden: Tensor, positions: Tensor, mask: Tensor) -> None:
-        request, self._request = self._request, None
-        self.inference = None
+        request = self._request
+        self.forget()
         if request is None:
             return
         batch, length = hidden.shape[:2]
@@ -244,7 +260,8 @@ class FlowPruning:
         queries = QueryRows.of(prompt, last, length - seen.stop)
         slots, index = seen.slots(device), seen.index(device)
         prefill = Prefill([], length, queries, length=length)
-        self.inference = Inference(request, prefill, torch.zeros(batch, length, device=device))
+        self.steps = FlowSteps(length, prefill.alive, torch.zeros(batch, length, device=device))
+        self.inference = Inference(request, prefill, self.steps)
         scores = {}
         if needs := self._scored.get(0):
             scores = self._scores(0, hidden, positions, mask, needs)

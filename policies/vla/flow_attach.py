@@ -119,8 +119,7 @@ class FlowAttachment:
                 actions = sample(*args, **kwargs)
                 self._last = self._pruning.inference
             finally:
-                self._pruning.expect(None)
-                self._pruning.inference = None
+                self._pruning.forget()
             self._remember(episode)
             return actions
 
@@ -138,7 +137,7 @@ class FlowAttachment:
         assert last is not None
         for memory in last.request.memories:
             memory.tick += 1
-        if not last.looks:
+        if not last.steps.looks:
             return
         rows = zip(
             last.request.memories, last.request.times_s, last.plans, last.attention(), strict=True

@@ -148,9 +148,15 @@ class FlowFamily(ABC):
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
         """The cache of a prefix."""
 
+    def beside(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What a flow step reads of a batch that is not in the prefix."""
+        return ()
+
     @abstractmethod
-    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
-        """(noisy actions, flow time) -> velocity, over the cache of a prefix."""
+    def velocity(
+        self, noisy: Tensor, time: Tensor, padding: Tensor, cache: Any, *beside: Tensor
+    ) -> Tensor:
+        """Of noisy actions [b, chunk, a] at flow times float32 [b], over the cache of a prefix."""
 
     def finished(self, actions: Tensor) -> Tensor:
         """Actions [b, chunk, a] as the policy's postprocessing expects them."""

@@ -24,7 +24,8 @@ from stream.reducers.identity import Identity
 
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
 from .families import family_of
-from .flow import FlowPruning, Inference, Request
+from .flow import FlowPruning, FlowSteps, Inference, Request
+from .flow_captured import CapturedFlow
 from .flow_family import FlowFamily, Seen
 
 STEP_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -55,7 +56,8 @@ class FlowPolicy(VLAPolicy):
     """A lerobot flow policy and the reducer it is pruned by.
 
     preprocess, postprocess: lerobot's own pipelines of this policy. dt_s: control period, which
-    lerobot's checkpoints do not tell.
+    lerobot's checkpoints do not tell. capture: take flow steps in fixed shapes, which a GPU replays
+    as captured graphs; None = on CUDA.
 
     SmolVLA and pi05 put the state into the prefix: acted from an old prefix, they go by its state;
     pi0 goes by the newer one.
@@ -70,12 +72,15 @@ class FlowPolicy(VLAPolicy):
         *,
         name: str = "",
         dt_s: float = 1 / 30,
+        capture: bool | None = None,
     ) -> None:
         self._family: FlowFamily = family_of(policy)
         self._preprocess, self._postprocess = preprocess, postprocess
         self._pruning = FlowPruning(self._family, reducer or Identity(), look=True)
         self.device = next(policy.parameters()).device
         config, family = policy.config, self._family
+        wanted = self.device.type == "cuda" if capture is None else capture
+        self.captured = CapturedFlow(family, self._pruning, self.device) if wanted else None
         self._keys = {
             key.removeprefix("observation.").removeprefix("images."): key for key in family.cameras
         }
@@ -97,8 +102,15 @@ class FlowPolicy(VLAPolicy):
         return self._spec
 
     def pruned_by(self, reducer: Reducer) -> FlowPolicy:
-        parts = self._family.policy, self._preprocess, self._postprocess
-        return FlowPolicy(*parts, reducer, name=self._spec.name, dt_s=self._spec.dt_s)
+        return FlowPolicy(
+            self._family.policy,
+            self._preprocess,
+            self._postprocess,
+            reducer,
+            name=self._spec.name,
+            dt_s=self._spec.dt_s,
+            capture=self.captured is not None,
+        )
 
     @torch.inference_mode()
     def encode(self, observation: Observation) -> FlowScene:
@@ -150,8 +162,6 @@ class FlowPolicy(VLAPolicy):
     def act(
         self, prefix: Prefix, observation: Observation, steps: int | None = None, seed: int = 0
     ) -> tuple[ActionChunk, Tensor]:
-        from lerobot.policies.common.flow_matching import euler_integrate
-
         if steps not in (None, *self._spec.steps):
             raise ConfigError(f"steps is {steps}; {self._spec.name} takes {self._spec.steps}.")
         held: _Held = prefix.cache
@@ -160,18 +170,30 @@ class FlowPolicy(VLAPolicy):
         # Also tells the processors which state relative actions start from.
         batch = self._batch(known, ())
         inference = held.inference.anew()
-        with self._pruning as pruning:
-            pruning.inference = inference
-            actions = euler_integrate(
-                self._family.velocity(held.padding, held.cache, batch),
-                self._noise(seed),
-                steps or self._family.flow_steps,
-            )
+        actions = (self.captured or self._flow)(
+            inference.steps,
+            self._noise(seed),
+            steps or self._family.flow_steps,
+            held.padding,
+            held.cache,
+            *self._family.beside(batch),
+        )
         actions = self._family.finished(actions[..., : self._spec.action_size])
         chunk = self._postprocess(actions)[0].float().cpu().numpy()
         attention = torch.zeros(prefix.grid.size, device=self.device)
         attention[prefix.plan.anchor] = inference.attention()[0]
         return ActionChunk(chunk, held.observation.time_s), attention
+
+    def _flow(self, steps: FlowSteps, noise: Tensor, count: int, *prefix: Any) -> Tensor:
+        """As `CapturedFlow`, kernel by kernel."""
+        from lerobot.policies.common.flow_matching import euler_integrate
+
+        with self._pruning as pruning:
+            pruning.steps = steps
+            actions: Tensor = euler_integrate(
+                lambda noisy, time: self._family.velocity(noisy, time, *prefix), noise, count
+            )
+        return actions
 
     def _noise(self, seed: int) -> Tensor:
         shape = (1, self._spec.chunk, self._family.policy.config.max_action_dim)
@@ -211,12 +233,8 @@ def load(
     """A policy from a checkpoint folder or hub name of lerobot, by lerobot's own loaders.
 
     Reads safetensors and JSON alone. Raises AttachError for what cannot be loaded, also where
-    lerobot itself would go on with random weights, and ConfigError if it must be captured.
+    lerobot itself would go on with random weights. capture: see `FlowPolicy`.
     """
-    if capture:
-        raise ConfigError(
-            f"'{name}' is a lerobot policy, which cannot be captured; leave it to it."
-        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
     from lerobot.configs import PreTrainedConfig
@@ -243,7 +261,7 @@ def load(
             f"Policy '{name}' cannot be loaded: {str(error).splitlines()[0]} Give a folder or hub "
             "name that `save_pretrained` of a lerobot policy and its processors wrote."
         ) from error
-    return FlowPolicy(policy.to(device).eval(), before, after, reducer, name=name)
+    return FlowPolicy(policy.to(device).eval(), before, after, reducer, name=name, capture=capture)
 
 
 def _check_weights(policy: Any, path: str | Path) -> None:

@@ -12,17 +12,14 @@ from .pi import PiFamily
 class Family(PiFamily):
     state_in_prefix: ClassVar[bool] = False
 
-    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
-        state = self.policy.prepare_state(batch)
+    def beside(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        return (self.policy.prepare_state(batch),)
 
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            v: Tensor = self.model.denoise_step(
-                state=state,
-                prefix_pad_masks=padding,
-                past_key_values=cache,
-                x_t=noisy,
-                timestep=time,
-            )
-            return v
-
-        return velocity
+    def velocity(
+        self, noisy: Tensor, time: Tensor, padding: Tensor, cache: Any, *beside: Tensor
+    ) -> Tensor:
+        (state,) = beside
+        v: Tensor = self.model.denoise_step(
+            state=state, prefix_pad_masks=padding, past_key_values=cache, x_t=noisy, timestep=time
+        )
+        return v

@@ -12,11 +12,10 @@ from .pi import PiFamily
 class Family(PiFamily):
     state_in_prefix: ClassVar[bool] = True
 
-    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            v: Tensor = self.model.denoise_step(
-                prefix_pad_masks=padding, past_key_values=cache, x_t=noisy, timestep=time
-            )
-            return v
-
-        return velocity
+    def velocity(
+        self, noisy: Tensor, time: Tensor, padding: Tensor, cache: Any, *beside: Tensor
+    ) -> Tensor:
+        v: Tensor = self.model.denoise_step(
+            prefix_pad_masks=padding, past_key_values=cache, x_t=noisy, timestep=time
+        )
+        return v

@@ -162,12 +162,11 @@ class Family(FlowFamily):
         )
         return cache
 
-    def velocity(self, padding: Tensor, cache: Any, batch: dict[str, Any]) -> Any:
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            v: Tensor = self.model.denoise_step(padding, cache, noisy, time)
-            return v
-
-        return velocity
+    def velocity(
+        self, noisy: Tensor, time: Tensor, padding: Tensor, cache: Any, *beside: Tensor
+    ) -> Tensor:
+        v: Tensor = self.model.denoise_step(padding, cache, noisy, time)
+        return v
 
     def finished(self, actions: Tensor) -> Tensor:
         if self.policy.config.adapt_to_pi_aloha:

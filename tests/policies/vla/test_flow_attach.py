@@ -432,8 +432,8 @@ def test_guidance_looks_in_the_first_flow_step_only(policy: Any) -> None:
             act(policy, **guided)
             first, second = history(held).glances
             assert held._last is not None
-            assert held._last.looks == len(held._pruning.action_layers)
-            assert held._last.step == STEPS - 1
+            assert held._last.steps.looks == len(held._pruning.action_layers)
+            assert held._last.steps.step == STEPS - 1
             assert not second.value.requires_grad
             assert not torch.equal(first.value, second.value)
         with attach(policy, "vla_pruner", retain=1.0):

@@ -1,0 +1,267 @@
+"""lerobot's flow policies in fixed shapes: the same actions, no waiting, few graphs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from policies.graphs.constants import Constants
+from policies.vla.flow import FlowPruning, FlowSteps
+from policies.vla.flow_captured import CapturedFlow
+from policies.vla.flow_policy import FlowPolicy
+from stream.data import Budget, Observation
+from stream.memory import Memory
+from stream.reducers.base import Reducer
+from stream.registry import build_reducer
+from tests.policies.vla import lerobot_models as models
+from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, PER_CAMERA
+from tests.policies.vla.test_flow_policy import observed
+
+N = len(CAMERAS) * PER_CAMERA
+KINDS = sorted(BUILDERS)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def parts(request: pytest.FixtureRequest) -> Any:
+    policy = BUILDERS[request.param]()
+    return policy, *models.processors(policy)
+
+
+def acted(
+    policy: FlowPolicy,
+    observation: Observation,
+    tokens: int,
+    memory: Memory | None = None,
+    steps: int | None = None,
+) -> tuple[Any, Tensor]:
+    prefix = policy.prefill(policy.encode(observation), Budget(tokens), memory or Memory())
+    chunk, attention = policy.act(prefix, observation, steps, seed=4)
+    if memory is not None:
+        policy.remember(prefix, attention, memory)
+    return chunk.actions, attention
+
+
+def both(parts: Any, reducer: Reducer | None = None) -> tuple[FlowPolicy, FlowPolicy]:
+    """The same policy in fixed shapes and kernel by kernel."""
+    policy, before, after = parts
+    fixed, stock = (FlowPolicy(policy, before, after, reducer, capture=c) for c in (True, False))
+    assert fixed.captured is not None
+    assert stock.captured is None
+    return fixed, stock
+
+
+# --- the same actions
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("layer", [None, 1, 3, 5])
+def test_actions_and_attention_are_the_same_bits(
+    parts: Any, layer: int | None, steps: int | None
+) -> None:
+    fixed, stock = both(parts, build_reducer("vla_pruner", layer=layer))
+    memories = Memory(), Memory()
+    for tick, cameras in enumerate((CAMERAS, CAMERAS, ("left", "right"), CAMERAS)):
+        observation = observed(tick, time_s=tick / 10, cameras=cameras)
+        mine, theirs = (
+            acted(policy, observation, 9, memory, steps)
+            for policy, memory in zip((fixed, stock), memories, strict=True)
+        )
+        assert np.array_equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+        assert mine[1].count_nonzero() == 9
+
+
+def test_all_tokens_give_the_untouched_policys_bits(parts: Any) -> None:
+    fixed, _ = both(parts, build_reducer("vla_pruner"))
+    policy, before, after = parts
+    observation = observed()
+    batch = {f"observation.images.{c}": image for c, image in observation.images.items()}
+    batch = {k: torch.from_numpy(v).permute(2, 0, 1) / 255 for k, v in batch.items()}
+    state = torch.from_numpy(observation.state)
+    batch = before(batch | {"observation.state": state, "task": observation.instruction})
+    noise = torch.randn(1, models.CHUNK, 8, generator=torch.Generator().manual_seed(4))
+    expected = after(policy.predict_action_chunk(batch, noise=noise))[0].numpy()
+    for _ in range(2):
+        assert np.array_equal(acted(fixed, observation, N)[0], expected)
+
+
+def test_prefixes_may_alternate_and_take_in_newer_states(parts: Any) -> None:
+    fixed, stock = both(parts, build_reducer("vla_pruner"))
+    one, two = observed(1), observed(2)
+    newer = replace(one, state=one.state + 1)
+    prefixes = [
+        [policy.prefill(policy.encode(o), Budget(9), Memory()) for o in (one, two)]
+        for policy in (fixed, stock)
+    ]
+    for which, observation in ((0, one), (1, two), (0, newer), (0, one), (1, newer)):
+        mine, theirs = (
+            policy.act(own[which], observation, seed=which)
+            for policy, own in zip((fixed, stock), prefixes, strict=True)
+        )
+        assert np.array_equal(mine[0].actions, theirs[0].actions)
+        assert torch.equal(mine[1], theirs[1])
+
+
+# --- few graphs
+
+
+def test_a_shape_is_captured_once_whatever_the_number_of_steps(parts: Any) -> None:
+    fixed, _ = both(parts, build_reducer("vla_pruner"))
+    assert fixed.captured is not None
+
+    def shapes() -> tuple[int, int]:
+        info = fixed.captured.step.cache_info()  # type: ignore[union-attr]
+        return info.misses, info.hits
+
+    acted(fixed, observed(1), 9)
+    acted(fixed, observed(2), 9, steps=2)
+    assert shapes() == (1, 1)
+    acted(fixed, observed(1), 20)
+    assert shapes() == (2, 1)
+    acted(fixed, observed(1, cameras=("left",)), 9)
+    assert shapes() == (3, 1)
+    acted(fixed, observed(3), 9)
+    assert shapes() == (3, 2)
+
+
+def test_pruned_otherwise_a_policy_stays_captured_or_not(parts: Any) -> None:
+    fixed, stock = both(parts)
+    assert fixed.pruned_by(build_reducer("uniform")).captured is not None
+    assert stock.pruned_by(build_reducer("uniform")).captured is None
+    assert FlowPolicy(*parts).captured is None
+
+
+# --- nothing waits for the device
+
+
+class Made(TorchFunctionMode):
+    """Counts tensors that are made of Python values; torch shortens their way to `meta` tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Copied(TorchDispatchMode):
+    """Counts copies from the host to `meta` tensors, whose values nobody can ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = (
+            [t.device.type for t in tree_leaves(values) if isinstance(t, Tensor)]
+            for values in ((args, kwargs), out)
+        )
+        if "copy" in str(func) and "cpu" in given and "meta" in given + made:
+            self.calls.append(str(func))
+        return out
+
+
+@pytest.fixture
+def valueless(parts: Any) -> tuple[CapturedFlow, FlowSteps, list[Any]]:
+    """A pruned prefix without values: only its shapes are known."""
+    stock = FlowPolicy(*parts, build_reducer("vla_pruner", layer=3), capture=False)
+    prefix = stock.prefill(stock.encode(observed()), Budget(9), Memory())
+    held = prefix.cache
+    policy = copy.deepcopy(parts[0]).to("meta")
+    steps = held.inference.anew().steps
+    steps.looked = steps.looked.to("meta")
+    kept = steps.alive[5]
+    assert kept is not None
+    kept = kept.to("meta")
+    steps.alive = {layer: kept if layer >= 3 else None for layer in steps.alive}
+    cache = copy.deepcopy(held.cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+    family = type(stock._family)(policy)
+    pruning = FlowPruning(family, build_reducer("vla_pruner", layer=3), look=True)
+    beside = [t.to("meta") for t in stock._family.beside(stock._batch(observed(), ()))]
+    flow = CapturedFlow(family, pruning, torch.device("meta"))
+    return flow, steps, [held.padding.to("meta"), cache, *beside]
+
+
+@torch.inference_mode()
+def test_no_value_is_asked_for_and_none_comes_from_the_host(
+    valueless: tuple[CapturedFlow, FlowSteps, list[Any]],
+) -> None:
+    flow, steps, prefix = valueless
+    noise = models.noise().to("meta")
+    with Made() as made:
+        flow(steps, noise, 2, *prefix)
+    assert made.calls
+    with Made() as made, Copied() as copied:
+        actions = flow(steps, noise, 2, *prefix)
+    assert actions.shape == noise.shape
+    assert steps.looks == 2 * 3
+    assert made.calls == copied.calls == []
+
+
+def test_the_watch_would_see_what_comes_from_the_host() -> None:
+    x = torch.zeros(2, device="meta")
+    with Made() as made, Copied() as copied:
+        x += torch.tensor([1.0, 2.0]).to("meta")
+        x.copy_(torch.ones(2))
+    assert len(made.calls) == 1
+    assert len(copied.calls) == 2
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        x.sum().item()
+
+
+def test_constants_are_of_their_numbers_and_never_of_tensors() -> None:
+    with Constants():
+        one, same, other = (torch.tensor(value) for value in ([1.0, 2.0], [1.0, 2.0], [1, 2]))
+        assert one is same
+        assert other.dtype == torch.long
+        assert torch.tensor(1.0, dtype=torch.float64).dtype == torch.float64
+        x = torch.zeros(1)
+        before = torch.tensor([x[0], x[0]])
+        x += 1
+        assert torch.tensor([x[0], x[0]]).tolist() == [1.0, 1.0]
+        assert before.tolist() == [0.0, 0.0]
+    assert torch.tensor([1.0, 2.0]) is not one
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_steps_act_as_launched_ones(kind: str) -> None:
+    policy = BUILDERS[kind]().to("cuda")
+    policy.config.device = "cuda"
+    parts = policy, *models.processors(policy)
+    for layer in (None, 3):
+        fixed, stock = both(parts, build_reducer("vla_pruner", layer=layer))
+        memories = Memory(), Memory()
+        assert fixed.captured is not None
+        for tick, (tokens, steps) in enumerate(((9, None), (9, 2), (N, None), (9, None))):
+            observation = observed(tick, time_s=tick / 10)
+            mine, theirs = (
+                acted(one, observation, tokens, memory, steps)
+                for one, memory in zip((fixed, stock), memories, strict=True)
+            )
+            assert np.abs(mine[0] - theirs[0]).max() < 1e-4
+            assert (mine[1] - theirs[1]).abs().max() < 1e-4
+        assert fixed.captured.pool.fallen_back == []
+        assert fixed.captured.pool.captured == 2
