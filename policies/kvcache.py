@@ -40,6 +40,15 @@ def keep_rows(cache: DynamicCache, index: Tensor) -> None:
         layer.values = layer.values.index_select(2, index)
 
 
+def reorder_end(cache: DynamicCache, order: Tensor) -> None:
+    """Lay the last n tokens of every layer out anew: order long [b, n], the old place of each."""
+    n = order.shape[1]
+    for layer in _filled(cache):
+        index = order[:, None, :, None].expand_as(layer.keys[:, :, -n:])
+        for held in (layer.keys, layer.values):
+            held[:, :, -n:] = held[:, :, -n:].gather(2, index)
+
+
 def can_turn(text_model: PreTrainedModel) -> bool:
     """Whether keys can be moved exactly: not where the frequencies depend on the length."""
     rotary: Any = text_model.get_submodule("rotary_emb")

@@ -122,11 +122,14 @@ class VideoReasoner:
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
         alone = len(questions) == 1
-        steps = self._steps if alone or not inside else None
         whole = inside or (alone and cached is None)
-        to_question = steps is not None or not alone
+        to_question = self._steps is not None or not alone
         cache = None if whole else self._shared_prefill(prompt, cached, to_question)
         progress = Progress(self._listener)
+        behind = prompt.embeds.shape[1] - prompt.text_from
+        decode = self._steps and partial(
+            self._steps.decode, progress=progress, hooks=hooks, behind=behind
+        )
         with hooks:
             if inside:
                 span = VideoSpan(
@@ -142,8 +145,8 @@ class VideoReasoner:
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
-                stopping_criteria=None if steps else StoppingCriteriaList([progress]),
-                custom_generate=steps and partial(steps.decode, progress=progress, hooks=hooks),
+                stopping_criteria=None if decode else StoppingCriteriaList([progress]),
+                custom_generate=decode,
                 pad_token_id=self._pad_id,
             )
             text = prompt.embeds.shape[1] - video.plan.k

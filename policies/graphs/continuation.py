@@ -134,10 +134,11 @@ class Continuation:
     def __exit__(self, *exc: object) -> None:
         self._entered.pop().close()
 
-    def adopt(self, cache: DynamicCache, position: Tensor) -> None:
-        """Go on from a prefix without padding that was prefilled otherwise.
+    def adopt(self, cache: DynamicCache, position: Tensor, padding: Tensor | None = None) -> None:
+        """Go on from a prefix that was prefilled otherwise.
 
-        position: long [..., batch, 1], of the first token behind it.
+        position: long [..., batch, 1], of the first token behind it. padding: long [batch], places
+        at its end, in every layer, that hold no token.
         """
         held: list[Any] = cache.layers
         lengths = [layer.keys.shape[2] for layer in held]
@@ -149,6 +150,8 @@ class Continuation:
             torch._foreach_copy_(begun, given)
         for row, section in zip(self._held, self.sections, strict=True):
             row.fill_(lengths[section.first])
+        if padding is not None:
+            self._held.sub_(padding)
         self._position.copy_(position)
         self.looked.zero_()
         self.mark()

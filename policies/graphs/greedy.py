@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..hooks import ReductionHooks
+from ..kvcache import reorder_end
 from .capture import GraphPool
 from .continuation import Continuation, Widths, rows_of, sections_of
 
@@ -84,50 +85,72 @@ class GreedySteps:
         generation_config: GenerationConfig,
         progress: Progress,
         hooks: ReductionHooks,
+        behind: int,
         **inputs: Any,
     ) -> GenerateDecoderOnlyOutput:
-        """For `custom_generate`, with the last two bound; `generate` gives the others.
+        """For `custom_generate`, with the last three bound; `generate` gives the others.
 
-        The cache is empty, or holds the first places of the prompt, which are real ones in every
-        sequence; the positions of what is left follow each other. A prompt behind an empty cache
-        has no padding. hooks: attached; they see the prefill and are detached behind it.
+        behind: places of the prompt behind its video; the positions of the real ones among them
+        follow each other. The cache is empty, or holds all that comes before. hooks: attached; they
+        see the prefill and are detached behind it.
         """
-        embeds, cache = inputs["inputs_embeds"], inputs["past_key_values"]
-        mask, ids = inputs["attention_mask"], inputs["position_ids"]
-        axes = ids[1:] if ids.shape[:-2] == (4,) else ids  # the first of four is no rotary one
-        if have := cache.get_seq_length():
-            text, lengths, position = _left(embeds, mask, axes, have)
-        else:
-            said = model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            text, position = embeds[:, :0], axes[..., -1:] + 1
-        hooks.detach()
-        new = text.shape[1] + int(generation_config.max_new_tokens or 0)
-        widths, behind = self._continuation(cache, new)
-        behind.adopt(cache, position)
-        if have:
-            said = behind.extend(widths, text, lengths)
-        going = embeds.new_ones(len(embeds), dtype=torch.bool)
-        logits, first_row = [], []
+        pad, new = int(generation_config.pad_token_id), int(generation_config.max_new_tokens or 0)
+        steps, widths, said = self._begin(model, hooks, behind, new, **inputs)
+        going = said.new_ones(len(said), dtype=torch.bool)
+        logits: list[Any] = []
+        first_row: list[int] = []
         while True:
             logits.append(said[:, -1].to(torch.float32, copy=True))
             scores = logits_processor(input_ids, logits[-1])
-            token = torch.where(going, scores.argmax(-1), int(generation_config.pad_token_id))
+            token = torch.where(going, scores.argmax(-1), pad)
             input_ids = torch.cat([input_ids, token[:, None]], 1)
             going = going & ~stopping_criteria(input_ids, scores)
             first, *any_going = torch.cat([token[:1], going]).tolist()
             first_row.append(first)
             if progress.stop(first_row) or not any(any_going):
-                break
-            behind.token.copy_(token[:, None])
-            said = behind.step(widths)
-        return GenerateDecoderOnlyOutput(sequences=input_ids, logits=tuple(logits))
+                return GenerateDecoderOnlyOutput(sequences=input_ids, logits=(*logits,))
+            steps.token.copy_(token[:, None])
+            said = steps.step(widths)
+
+    def _begin(
+        self,
+        model: Any,
+        hooks: ReductionHooks,
+        behind: int,
+        new: int,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: DynamicCache,
+        **rest: Any,
+    ) -> tuple[Continuation, Widths, Tensor]:
+        """What goes on behind the prompt, for `new` tokens, and the logits at its end [b, 1, v]."""
+        cache, end = past_key_values, slice(-behind, None)
+        four = position_ids.shape[:-2] == (4,)  # the first of them is no rotary one
+        position = position_ids[1:] if four else position_ids
+        order = attention_mask[:, end].argsort(dim=-1, descending=True, stable=True)
+        lengths = attention_mask[:, end].sum(-1)
+        if cache.get_seq_length() > 0:
+            hooks.detach()
+            text = F.pad(rows_of(inputs_embeds[:, end], order), (0, 0, 0, -behind % TEXT))
+            first = order[:, :1].expand(*position.shape[:-1], 1)
+            widths, steps = self._continuation(cache, text.shape[1] + new)
+            steps.adopt(cache, position[..., end].gather(-1, first))
+            return steps, widths, steps.extend(widths, text, lengths)
+        said = model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        hooks.detach()
+        if len(order) > 1:
+            reorder_end(cache, order)
+        widths, steps = self._continuation(cache, new)
+        steps.adopt(cache, position[..., -1:] + 1, padding=behind - lengths)
+        return steps, widths, said
 
     def _continuation(self, cache: DynamicCache, new: int) -> tuple[Widths, Continuation]:
         """With room for `new` places behind a cache; key widths of its sections."""
@@ -149,13 +172,3 @@ class GreedySteps:
             )
         self._behind.move_to_end(shape)
         return widths, self._behind[shape]
-
-
-def _left(embeds: Tensor, mask: Tensor, ids: Tensor, have: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows the first `have` places: embeds [b, n, d] with its padding on the right, real
-    tokens long [b], position of the first of them long [..., b, 1]."""
-    mask = mask[:, have:]
-    order = mask.argsort(dim=-1, descending=True, stable=True)
-    text = F.pad(rows_of(embeds[:, have:], order), (0, 0, 0, -order.shape[1] % TEXT))
-    first = order[:, :1].expand(*ids.shape[:-1], 1)
-    return text, mask.sum(-1), ids[..., have:].gather(-1, first)
