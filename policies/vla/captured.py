@@ -1,43 +1,66 @@
-"""What a GPU replays of an OpenVLA-shaped network: its encoders, and actions behind a prefix."""
+"""What a GPU replays of an OpenVLA-shaped network: encoders, prefill, and actions behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
-from ..graphs.buckets import Section
+from stream.reducers.base import Reducer
+
+from ..graphs.buckets import Section, sections
 from ..graphs.capture import GraphPool, Program
-from ..graphs.continuation import Continuation
+from ..graphs.staged import Prefilled, StagedDecoder
+from ..prefill import Prefill, VideoSpan
 from .openvla_model import OpenVLA
+from .prompts import Prompts
 
 TEXT_STEP, WIDTH_STEP = 32, 256
 """Texts and key widths are padded to multiples of these, so that few graphs serve all lengths."""
 
 KEPT = 8
-"""Encoders, and continuations with their KV buffers, that are kept; the one that was not used for
-the longest time goes."""
+"""Encoders, and decoders with their KV buffers, that are kept; the one that was not used for the
+longest time goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A decoder by where tokens leave it, and the layers whose action attention is read."""
+
+    sections: tuple[Section, ...]
+    watched: range
+
+    @classmethod
+    def of(cls, stages: Sequence[Reducer], depth: int, watched: range) -> Self:
+        inside = [stage for stage in stages if stage.site.in_llm]
+        found = sections(inside, depth)
+        return cls(tuple(Section(s.first, s.stop) for s in found), watched)
+
+    @property
+    def fit(self) -> bool:
+        """Whether the watched layers hold equally many tokens, as one buffer for their attention
+        wants it."""
+        return any(set(self.watched) <= set(section.layers) for section in self.sections)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What the prefixes of one batch share, and the row of one of them.
 
-    lengths: tokens that each layer of the cache holds. whole: tokens of the unpruned prompt with
-    all cameras. position: long [b, 1], of the first token behind the prefix. mask: bool [b, n] over
-    the unpruned prefix, None without padding. slots, anchor: long [b, m], of the visual tokens that
-    the action layers hold, their places in the sequence and in the grid of all cameras.
+    cache: a DynamicCache, or Prefilled. lengths: tokens that each layer of it holds. text: tokens
+    of the longest text. position: long [b, 1], of the first token behind the prefix. mask: bool
+    [b, n] over the unpruned prefix, None without padding. slots, anchor: long [b, m], of the visual
+    tokens that the action layers hold, their places in the sequence and in the grid of all cameras.
     """
 
-    cache: DynamicCache
+    cache: Any
     lengths: tuple[int, ...]
-    whole: int
+    text: int
     position: Tensor
     mask: Tensor | None
     slots: Tensor
@@ -55,8 +78,10 @@ class Captured:
     def __init__(self, model: OpenVLA) -> None:
         self.pool = GraphPool(model.device)
         self._model = model
+        self._passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
+        self._first = model.state_rows + len(model.queries.weight)
         self.encoder = lru_cache(KEPT)(self._encoder)
-        self.behind = lru_cache(KEPT)(self._behind)
+        self.decoder = lru_cache(KEPT)(self._decoder)
 
     def look(self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor) -> Any:
         """As `OpenVLA.look`."""
@@ -65,48 +90,74 @@ class Captured:
         tokens, relevance = program(images, camera, ids, length)
         return tokens.clone(), relevance.clone()
 
-    def act(
-        self, held: Held, sections: Sequence[Section], layers: range, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self,
+        reducer: Reducer,
+        parts: Parts,
+        spans: Sequence[VideoSpan],
+        prompts: Prompts,
+    ) -> tuple[Prefilled, Prefill]:
+        """Prefill prompts without padding, and what became of their tokens.
+
+        spans: the visual tokens of each prompt.
+        """
+        position, text = prompts.position, prompts.text
+        length, padding = position.shape[1], -text % TEXT_STEP
+        more = torch.arange(1, padding + 1, device=position.device)
+        return self.decoder(len(position), parts, self._capacity(text)).prefill(
+            reducer.stages,
+            [[span] for span in spans],
+            F.pad(prompts.rows, (0, 0, 0, padding)),
+            torch.cat([position, position[:, -1:] + more], dim=1),
+            length,
+            text_from=length - text + 1,
+        )
+
+    def act(self, held: Held, parts: Parts, state: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised actions float32 [b, chunk, a], and what they looked at.
 
-        sections: of the decoder, by where tokens leave it; one of them has all `layers`, whose
-        attention is watched. state: normalised [b, s]. The attention is float32 [b, places], what
-        each place of the sequence receives there, mean over heads, action rows and layers.
+        state: normalised [b, s]. The attention is float32 [b, places], what each place of the
+        sequence receives in the watched layers, mean over heads, action rows and layers.
         """
         model, batch = self._model, len(state)
+        if isinstance(held.cache, Prefilled):
+            behind = held.cache.decoder
+            behind.resume(held.cache)
+        else:
+            behind = self.decoder(batch, parts, self._capacity(held.text))
+            behind.adopt(held.cache, held.position)
+        new = self._first + self._passes - 1
+        widths = tuple(_up(held.lengths[section.first] + new) for section in parts.sections)
         first = torch.cat([model.state_row(state), model.query_rows(batch)], dim=1)
-        passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
-        new = first.shape[1] + passes - 1
-        behind = self.behind(batch, tuple(sections), _up(held.whole + new), layers)
-        widths = tuple(_up(held.lengths[section.first] + new) for section in sections)
-        behind.adopt(held.cache, held.position)
-        lengths = torch.full((batch,), first.shape[1], device=model.device)
+        lengths = torch.full((batch,), self._first, device=model.device)
         actions = behind.extend(widths, first, lengths)
         if not model.is_parallel:
             bins = [behind.token.clone()]
-            for _ in range(passes - 1):
+            for _ in range(self._passes - 1):
                 behind.step(widths)
                 bins.append(behind.token.clone())
             actions = model.from_bins(torch.cat(bins, dim=1)).view(batch, model.config.chunk, -1)
-        return actions.float(), behind.looked / (passes * len(layers))
+        return actions.float(), behind.looked / (self._passes * len(parts.watched))
+
+    def _capacity(self, text: int) -> int:
+        """Places for a prompt of so much text with all cameras, and for what follows it."""
+        padded = text + -text % TEXT_STEP
+        return _up(padded + self._model.visual_tokens + self._first + self._passes - 1)
 
     def _encoder(self, shape: torch.Size, dtype: torch.dtype, text: int) -> Program:
         return Program(self.pool, f"The encoders of {shape[0]} pictures", self._model.look)
 
-    def _behind(
-        self, batch: int, sections: tuple[Section, ...], capacity: int, layers: range
-    ) -> Continuation:
+    def _decoder(self, batch: int, parts: Parts, capacity: int) -> StagedDecoder:
         model = self._model
-        return Continuation(
+        return StagedDecoder(
             model.language_model,
             model.action_head,
-            sections,
-            [capacity] * len(sections),
+            parts.sections,
+            [capacity] * len(parts.sections),
             self.pool,
             embed=None if model.is_parallel else model.bin_rows,
             batch=batch,
-            watch=layers,
+            watch=parts.watched,
             read=model.config.chunk if model.is_parallel else 1,
         )
 

@@ -29,13 +29,14 @@ from stream.signals import Signal, Signals
 
 from ..action_attention import ActionAttention
 from ..fit import check_fit
-from ..graphs.buckets import Section, sections
+from ..graphs.staged import Prefilled
 from ..hooks import INSIDE, ReductionHooks
-from ..prefill import VideoSpan
+from ..prefill import Prefill, VideoSpan
 from . import reusing
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
-from .captured import Captured, Held
+from .captured import Captured, Held, Parts
 from .openvla_model import OpenVLA
+from .prompts import Prompts
 
 
 class OpenVLAPolicy(VLAPolicy):
@@ -45,7 +46,7 @@ class OpenVLAPolicy(VLAPolicy):
     observations have the same cameras; the other methods are batches of one.
 
     tokenizer: of transformers; it puts BOS first.
-    capture: encode and act in fixed shapes, which a GPU replays as captured graphs; None = on CUDA.
+    capture: run in fixed shapes, which a GPU replays as captured graphs; None = on CUDA.
     """
 
     def __init__(
@@ -76,10 +77,7 @@ class OpenVLAPolicy(VLAPolicy):
         stages = () if self.reducer.reuses else self.reducer.stages
         self._hooks = ReductionHooks(model.language_model, layers, stages, "keep")
         pruner = self.reducer if isinstance(self.reducer, VLAPruner) else VLAPruner()
-        self._action_layers = pruner.action_layers(len(layers))
-        inside = [stage for stage in stages if stage.site.in_llm]
-        self._sections = [Section(s.first, s.stop) for s in sections(inside, len(layers))]
-        self._looks_at_one = any(set(self._action_layers) <= set(s.layers) for s in self._sections)
+        self._parts = Parts.of(stages, len(layers), pruner.action_layers(len(layers)))
         wanted = self.device.type == "cuda" if capture is None else capture
         self.captured = Captured(model) if wanted else None
         self._texts: dict[str, Tensor] = {}
@@ -165,21 +163,13 @@ class OpenVLAPolicy(VLAPolicy):
                 "same cameras, or prefill them apart."
             )
         texts = [self._text(scene.observation.instruction) for scene in scenes]
-        longest = max(len(text) for text in texts)
-        pads = [longest - len(text) for text in texts]
-        places = self._places(scenes[0].cameras)
-        n, everything = places.numel(), self._spec.grid.size
-        rows = torch.stack(
-            [self._row(s.x, t, p) for s, t, p in zip(scenes, texts, pads, strict=True)]
-        )
-        place = torch.arange(1 + n + longest - 1, device=self.device)
-        pad = torch.tensor(pads, device=self.device)[:, None]
-        gaps = torch.cat([places.new_zeros(1), 1 + places, 1 + everything + place[: longest - 1]])
-        position = gaps[(place - pad).clamp_min(0)]
-        mask = place >= pad if any(pads) else None
+        places, everything = self._places(scenes[0].cameras), self._spec.grid.size
+        words = [self.model.words(text) for text in texts]
+        prompts = Prompts.of([scene.x for scene in scenes], words, places, everything)
+        slots = torch.arange(1, 1 + places.numel(), device=self.device)
         spans = [
             VideoSpan(
-                slots=torch.arange(p + 1, p + 1 + n, device=self.device),
+                slots=slots + pad,
                 grid=self._spec.grid,
                 pts_s=(scene.observation.time_s,) * self._spec.grid.frames,
                 budget=budget,
@@ -187,41 +177,51 @@ class OpenVLAPolicy(VLAPolicy):
                 signals=Signals(scene.signals),
                 memory=memory,
             )
-            for scene, p, memory in zip(scenes, pads, memories, strict=True)
+            for scene, pad, memory in zip(scenes, prompts.pads, memories, strict=True)
         ]
+        cache: Any
+        seen: ReductionHooks | Prefill = self._hooks
+        tokens = None
         if self.reducer.reuses:
             cache, tokens = reusing.prefill(
                 self.model.language_model,
                 self._hooks,
                 self.reducer,
                 spans,
-                (rows, position, mask),
+                (prompts.rows, prompts.position, prompts.mask),
                 [
-                    (p, (epoch, scene.cameras, len(text)))
-                    for epoch, scene, text, p in zip(epochs, scenes, texts, pads, strict=True)
+                    (pad, (epoch, scene.cameras, len(text)))
+                    for epoch, scene, text, pad in zip(
+                        epochs, scenes, texts, prompts.pads, strict=True
+                    )
                 ],
             )
+        elif self.captured and self._parts.fit and prompts.mask is None:
+            cache, seen = self.captured.prefill(self.reducer, self._parts, spans, prompts)
         else:
             cache = DynamicCache()
             with self._hooks:
-                self._hooks.expect([[span] for span in spans], text_from=1 + n + min(pads))
-                self.model.decode(rows, cache, position, mask)
-            tokens = self._hooks.rows[0][0].plan.k
+                text_from = 1 + places.numel() + min(prompts.pads)
+                self._hooks.expect([[span] for span in spans], text_from)
+                self.model.decode(prompts.rows, cache, prompts.position, prompts.mask)
         for memory in memories:
             memory.tick += 1
-        layers: list[Any] = cache.layers
-        lengths = tuple(layer.get_seq_length() for layer in layers)
-        plans = [row[0].plan.among(places) for row in self._hooks.rows]
-        watched = [row[0] for row in self._hooks.rows_at(self._action_layers[0])]
+        plans = [row[0].plan.among(places) for row in seen.rows]
+        watched = [row[0] for row in seen.rows_at(self._parts.watched[0])]
+        lengths = (
+            cache.lengths
+            if isinstance(cache, Prefilled)
+            else tuple(layer.get_seq_length() for layer in cache.layers)
+        )
         held = partial(
             Held,
-            cache,
-            lengths,
-            1 + everything + longest - 1,
-            position[:, -1:] + 1,
-            mask,
-            torch.stack([span.slots for span in watched]),
-            torch.stack([span.plan.anchor for span in watched]),
+            cache=cache,
+            lengths=lengths,
+            text=prompts.text,
+            position=prompts.position[:, -1:] + 1,
+            mask=prompts.mask,
+            slots=torch.stack([span.slots for span in watched]),
+            anchor=torch.stack([span.plan.anchor for span in watched]),
         )
         return [
             Prefix(
@@ -229,8 +229,8 @@ class OpenVLAPolicy(VLAPolicy):
                 grid=scene.grid,
                 cameras=scene.cameras,
                 places=places,
-                tokens=tokens,
-                cache=held(i),
+                tokens=plans[i].k if tokens is None else tokens,
+                cache=held(row=i),
                 observed_s=scene.observation.time_s,
                 epoch=epochs[i],
             )
@@ -250,8 +250,8 @@ class OpenVLAPolicy(VLAPolicy):
         held = self._shared(prefixes)
         state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
         state = (state - self._state_mean) / self._state_std if self._spec.state_size else state
-        if self.captured and self._looks_at_one and held.mask is None:
-            actions, looked = self.captured.act(held, self._sections, self._action_layers, state)
+        if self.captured and self._parts.fit and held.mask is None:
+            actions, looked = self.captured.act(held, self._parts, state)
             attention = looked.new_zeros(len(looked), self._spec.grid.size)
             attention.scatter_(1, held.anchor, looked.gather(1, held.slots))
         else:
@@ -267,12 +267,11 @@ class OpenVLAPolicy(VLAPolicy):
         """(normalised actions [b, chunk, a], attention [b, places of all cameras])"""
         rows = slice(-self._spec.chunk, None) if self.model.is_parallel else slice(-1, None)
         try:
-            with self._hooks, ActionAttention(self._hooks, self._action_layers, rows) as looked:
+            with self._hooks, ActionAttention(self._hooks, self._parts.watched, rows) as looked:
                 actions = self._decode_actions(held, state)
             return actions, torch.stack([row[0] for row in looked.mean()])
         finally:
-            layers: list[Any] = held.cache.layers
-            for layer, length in zip(layers, held.lengths, strict=True):
+            for layer, length in zip(held.cache.layers, held.lengths, strict=True):
                 layer.crop(length)
 
     def _decode_actions(self, held: Held, state: Tensor) -> Tensor:
@@ -332,11 +331,6 @@ class OpenVLAPolicy(VLAPolicy):
             ids = self.tokenizer(prompt).input_ids
             self._texts[instruction] = torch.tensor(ids, device=self.device)
         return self._texts[instruction]
-
-    def _row(self, visual: Tensor, text: Tensor, pads: int) -> Tensor:
-        """[pads + 1 + n + t, d]: padding, BOS, visual tokens and words of one sequence."""
-        words = self.model.words(text)
-        return F.pad(torch.cat([words[:1], visual.to(words.dtype), words[1:]]), (0, 0, pads, 0))
 
     def _places(self, cameras: Sequence[str]) -> Tensor:
         """Where the tokens of these cameras stand among those of all cameras, long."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from policies.graphs.capture import GraphPool, Program
+from policies.graphs.staged import Prefilled
 from policies.vla.openvla import OpenVLAPolicy
 from stream.data import Budget, Observation
 from stream.memory import Memory
@@ -89,18 +91,42 @@ def test_one_camera_and_no_state(head: str) -> None:
     check(*(episode(one, seen, (16, 4, 4)) for one in both))
 
 
-def test_shapes_are_built_once_and_shared() -> None:
+def test_shapes_are_built_once_and_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    init = Program.__init__
+
+    def counted(self: Program, pool: GraphPool, name: str, *given: Any) -> None:
+        built.append(name)
+        init(self, pool, name, *given)
+
+    monkeypatch.setattr(Program, "__init__", counted)
     one = policy("autoregressive", VLAPruner(layer=2), capture=True)
     other = one.pruned_by(VLAPruner(layer=2, mode="paper"))
-    captured = one.captured
-    assert captured is not None
-    assert other.captured is captured
-    for time, each in enumerate((one, other, one)):
-        seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(time + 4)]
-        episode(each, seen, [8, 32, 20, 16, 3, 8][: len(seen)])
-        for built in (captured.encoder.cache_info(), captured.behind.cache_info()):
-            assert (built.misses, built.currsize) == (1, 1)
-        assert built.hits == sum(range(4, time + 5)) - 1
+    seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(6)]
+    episode(one, seen[:4], (8, 32, 20, 16))
+    # the encoders, layers 0 and 1, layers 2 and 3 for each budget, the first rows, one more row
+    assert len(built) == len(set(built)) == 1 + 1 + 4 + 2
+    episode(other, seen[:4], (8, 32, 20, 16))
+    assert len(built) == 8
+    episode(one, seen, (8, 32, 20, 16, 3, 8))
+    assert len(built) == 9
+    assert f"{1 + 3 + 31} tokens" in built[-1]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_prefixes_of_two_episodes_are_acted_from_in_any_order(head: str) -> None:
+    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in (True, False))
+    seen = [observation(i, time_s=0.1 * i) for i in range(4)]
+    prefixes, expected = [], []
+    for i, observed in enumerate(seen):
+        scene, budget = one.encode(observed), Budget((8, 8, 32, 5)[i])
+        prefixes.append(one.prefill(scene, budget, Memory()))
+        expected.append(stock.act(stock.prefill(scene, budget, Memory()), observed))
+    assert all(isinstance(prefix.cache.cache, Prefilled) for prefix in prefixes)
+    for i in (3, 0, 1, 1, 3, 2, 0):
+        chunk, attention = one.act(prefixes[i], seen[i])
+        assert np.abs(chunk.actions - expected[i][0].actions).max() < 1e-5
+        assert torch.allclose(attention, expected[i][1], atol=1e-5)
 
 
 def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> None:
@@ -109,11 +135,11 @@ def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> Non
     seen = [observation(i, text=i) for i in range(2)]
     prefixes = one.prefill_batch(one.encode_batch(seen), Budget(8), [Memory(), Memory()], [0, 0])
     chunks, _ = one.act_batch(prefixes, seen)
-    assert one.captured.behind.cache_info().currsize == 0
+    assert one.captured.decoder.cache_info().currsize == 0
     for chunk, observed in zip(chunks, seen, strict=True):
         (alone,) = episode(one, [observed], [8])
         assert np.abs(chunk.actions - alone.actions.numpy()).max() < 1e-5
-    assert one.captured.behind.cache_info().currsize == 1
+    assert one.captured.decoder.cache_info().currsize == 1
 
 
 def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:

@@ -1,0 +1,156 @@
+"""Prefills in fixed shapes with the stages of a reducer between the graphs.
+
+A graph keeps what a stage remembered when it was captured. So each section of layers is a program
+of its own, and between them stages are launched as `ReductionHooks` launches them, each with the
+memory, the budget and the times of its stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from stream.errors import AttachError
+from stream.reducers.base import Reducer
+from stream.signals import Signal
+
+from ..prefill import Prefill, VideoSpan
+from ..probes import Attention, probing
+from ..query_rows import ROW_SIGNALS, QueryRows
+from .capture import Program
+from .continuation import Continuation
+
+KEPT = 32
+"""Programs of sections that are kept; the one that was not used for the longest time goes."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Prefilled:
+    """The prefixes of one prefill. They lie in the decoder's own buffers, and move to `cache` when
+    something else takes their place there while somebody still holds them.
+
+    lengths: tokens that each layer holds. position: long [b, 1], of the first token behind.
+    """
+
+    decoder: StagedDecoder
+    lengths: tuple[int, ...]
+    position: Tensor
+    cache: DynamicCache | None = None
+
+
+class StagedDecoder(Continuation):
+    """A `Continuation` that prefills what it goes on from, for one-axis positions.
+
+    Use `resume` before the first `extend` behind a prefill.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._inside: ref[Prefilled] | None = None
+        self._section = lru_cache(KEPT)(self._section_program)
+
+    def prefill(
+        self,
+        stages: Sequence[Reducer],
+        rows: list[list[VideoSpan]],
+        embeds: Tensor,
+        position: Tensor,
+        length: int,
+        text_from: int,
+    ) -> tuple[Prefilled, Prefill]:
+        """Prefill prompts of `length` tokens that are padded on the right.
+
+        stages: those inside the model act where sections begin. rows: the videos of each sequence.
+        embeds: [b, n, d]; position: long [b, n]; text_from: the place behind the last visual token.
+        Returns where the prefixes are, and what became of their tokens.
+        """
+        self._make_room()
+        n = embeds.shape[1]
+        inside = {s.site.layer_index(len(self._layers)): s for s in stages if s.site.in_llm}
+        if not inside.keys() <= {section.first for section in self.sections}:
+            raise AttachError(
+                f"Stages act at the layers {sorted(inside)}; the sections of this decoder begin at "
+                f"{[section.first for section in self.sections]}."
+            )
+        prompt = (torch.arange(n, device=self._device) < length).expand(len(rows), -1)
+        last = torch.stack([torch.cat([s.slots for s in spans]).amax() for spans in rows])
+        state = Prefill(rows, n, QueryRows.of(prompt, last, n - text_from))
+        x = embeds
+        for stage in stages:
+            if not stage.site.in_llm:
+                x = state.reduce_before(stage, x)
+        entering = position if state.entered is None else position.gather(1, state.entered)
+        state.length = x.shape[1]
+        if any(Signal.INPUT_EMBEDDINGS in stage.needs for stage in inside.values()):
+            state.inputs = x
+        lengths: list[int] = []
+        for i, section in enumerate(self.sections):
+            for layer in section.layers:
+                x = state.enter_layer(layer, inside.get(layer), x)
+            alive = state.alive[section.first]
+            here = entering if alive is None else entering.gather(1, alive)
+            needs = inside[section.stop].needs & ROW_SIGNALS if section.stop in inside else ()
+            wanted = tuple(sorted(needs))
+            program = self._section(i, x.shape[1], wanted, state.queries.tail)
+            x, *seen = program(x, here, state.queries.prompt, state.queries.text)
+            state.signals[section.stop] = dict(zip(wanted, seen, strict=True))
+            lengths += [x.shape[1] - (n - length)] * len(section.layers)
+            self._held[i].fill_(lengths[-1])
+        self._position.copy_(position[:, length - 1 : length] + 1)
+        self.mark()
+        made = Prefilled(self, tuple(lengths), self._position.clone())
+        self._inside = ref(made)
+        return made, state
+
+    def resume(self, prefilled: Prefilled) -> None:
+        """Go on from what this decoder prefilled, now or earlier; `looked` begins anew."""
+        if self._inside is None or self._inside() is not prefilled:
+            assert prefilled.cache is not None
+            self.adopt(prefilled.cache, prefilled.position)
+            self._inside = ref(prefilled)
+        self.rewind()
+        self.looked.zero_()
+
+    def adopt(self, cache: DynamicCache, position: Tensor) -> None:
+        self._make_room()
+        super().adopt(cache, position)
+
+    def _make_room(self) -> None:
+        """Let what lies in the buffers move out, if somebody may still go on from it."""
+        held = None if self._inside is None else self._inside()
+        self._inside = None
+        if held is not None and held.cache is None:
+            held.cache = DynamicCache()
+            buffers = zip(self.cache.keys, self.cache.values, held.lengths, strict=True)
+            for layer, (keys, values, n) in enumerate(buffers):
+                held.cache.update(keys[:, :, :n], values[:, :, :n], layer)
+
+    def _section_program(
+        self, index: int, length: int, wanted: tuple[Signal, ...], tail: int
+    ) -> Program:
+        """Rows [b, length, d] through the layers of a section, and what the next stage reads."""
+        section = self.sections[index]
+        last = self._layers[section.stop - 1].get_submodule("self_attn")
+
+        def run(x: Tensor, position: Tensor, prompt: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+            queries = QueryRows(prompt, text, tail)
+            seen: list[Tensor] = []
+
+            def probe(attention: Attention) -> None:
+                seen.extend(attention.received(*queries.behind(signal)) for signal in wanted)
+
+            self.cache.begin()
+            self._pass = None
+            with probing(self._model, {last: probe} if wanted else {}):
+                x = self._run(section, x, self._model.rotary_emb(x, position), None)
+            return (x, *seen)
+
+        name = f"Layers {section.first} to {section.stop - 1}, {length} tokens, batch {self._batch}"
+        return self._program(name, run, ())
