@@ -13,7 +13,7 @@ from .errors import SignalError
 
 class Signal(StrEnum):
     """Each signal has one row for each of the n tokens that enter the stage: float32 [n], or
-    [n, d] for features."""
+    features [n, d] as the model computes them."""
 
     SALIENCY = "saliency"
     """Mean attention each patch receives in the last vision layer, pooled like the features."""
@@ -79,4 +79,4 @@ class Signals:
                 f"Signal '{signal}' holds NaN or infinite values; the model's numerics broke "
                 "before the reducer. Run it in float32 to find where."
             )
-        return value.float()
+        return value.float() if value.ndim == 1 else value

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from .built import built
 
 
 def density_peak_score(
@@ -27,6 +32,9 @@ def density_peak_score(
         valid = torch.ones(distance.shape[:2], dtype=torch.bool, device=distance.device)
     if most is None:
         most = int(neighbours.max())
+    if noise is None and (kernels := kernels_for(distance)):
+        scored: Tensor = kernels.density_peak_score(distance, neighbours, valid, most)
+        return scored
     pair = valid[:, :, None] & valid[:, None, :]
     apart = ~pair
     near = distance.masked_fill(apart, torch.inf).topk(min(most, n), -1, largest=False).values
@@ -45,7 +53,33 @@ def assign(distance: Tensor, centre: Tensor) -> Tensor:
 
     distance: [b, n, n]; centre: bool [b, n]. A centre is its own.
     """
+    if kernels := kernels_for(distance):
+        nearest: Tensor = kernels.assign(distance, centre)
+        return nearest
     to_centre = distance.masked_fill(~centre[:, None, :], torch.inf)
     owner = to_centre.argmin(-1)
     own = torch.arange(distance.shape[-1], device=distance.device).expand_as(owner)
     return torch.where(centre, own, owner)
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """`clusters_cuda`, where it can take groups as large as those of x [b, n, ...]."""
+    module = _compiled() if x.is_cuda and x.numel() else None
+    return module if module is not None and x.shape[1] <= module.LARGEST else None
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """`clusters_cuda`, once it has run."""
+
+    def run() -> ModuleType:
+        from . import clusters_cuda
+
+        pairs = torch.zeros(1, 2, 2, device="cuda")
+        valid = pairs[:, 0] == 0
+        distance = clusters_cuda.distances(pairs, 2)
+        clusters_cuda.density_peak_score(distance, torch.ones_like(valid[:, 0]).long(), valid, 1)
+        clusters_cuda.assign(distance, valid)
+        return clusters_cuda
+
+    return built(run, "Clusters are found in several launches")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .clusters import kernels_for
+
 
 def adjacent_cosine(x: Tensor) -> Tensor:
     """Cosine of each patch with the same patch one frame later, float32 [t-1, p].
@@ -48,6 +50,9 @@ def centre_(x: Tensor, sizes: Tensor) -> Tensor:
 def distances(x: Tensor) -> Tensor:
     """Euclidean distances divided by sqrt(c): [b, n, c] -> float32 [b, n, n], diagonal 0."""
     x = x.float()
+    if kernels := kernels_for(x):
+        made: Tensor = kernels.distances(x @ x.mT, x.shape[-1])
+        return made
     square = torch.linalg.vector_norm(x, dim=-1).square()
     d2 = torch.baddbmm(square[:, :, None] + square[:, None, :], x, x.mT, alpha=-2.0)
     d2.diagonal(dim1=-2, dim2=-1).zero_()
