@@ -1,4 +1,4 @@
-"""The flow steps of lerobot's policies in fixed shapes, which a GPU replays as captured graphs."""
+"""What a GPU replays of lerobot's flow policies: embedding a prefix, and flow steps over it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,45 @@ from .flow import FlowPruning, FlowSteps
 from .flow_family import FlowFamily
 
 KEPT = 16
-"""Shapes of a prefix that are kept, each with a copy of its keys and values: 5 MB (SmolVLA) to
-15 MB (pi0) at full length. The one that was not used for the longest time goes."""
+"""Shapes that are kept of each part. A flow step holds a copy of the prefix's keys and values, 5 MB
+(SmolVLA) to 15 MB (pi0) at full length. The shape that was not used for the longest time goes."""
+
+Like = tuple[tuple[torch.Size, torch.dtype], ...]
+"""Shapes and dtypes of what a graph takes."""
 
 
-class CapturedFlow:
-    """The flow steps of a policy, under its pruning; one graph for each shape of a prefix.
+class Captured:
+    """Parts of a policy, under its pruning, in fixed shapes; lerobot's own code runs in them.
 
-    The first step over a shape captures it, which takes about three steps. A graph is of one step,
-    so it serves any number of them. Calls from several threads must not overlap.
+    The first call of a shape captures it, which takes about three calls. Calls from several threads
+    must not overlap.
     """
 
     def __init__(self, family: FlowFamily, pruning: FlowPruning, device: torch.device) -> None:
         self.pool = GraphPool(device)
         self._family, self._pruning, self._constants = family, pruning, Constants()
+        self.eye = lru_cache(KEPT)(self._eye)
         self.step = lru_cache(KEPT)(partial(_Step, family, pruning, self.pool))
 
-    def __call__(
+    def embed(
+        self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As `FlowFamily.embed`."""
+        given = (*pictures, *masks, *words)
+        with self._constants:
+            made = self.eye(len(pictures), _like(given))(*given)
+        return tuple(part.clone() for part in made)
+
+    def _eye(self, n: int, like: Like) -> Program:
+        """like: of n pictures, their masks and words."""
+
+        def work(*given: Tensor) -> tuple[Tensor, ...]:
+            with self._family.unasked():
+                return self._family.embed(given[:n], given[n : 2 * n], *given[2 * n :])
+
+        return Program(self.pool, f"The eyes of {type(self._family.policy).__name__}", work)
+
+    def flow(
         self,
         steps: FlowSteps,
         noise: Tensor,
@@ -43,7 +65,8 @@ class CapturedFlow:
     ) -> Tensor:
         """Actions float32 [b, chunk, a] after `count` flow steps; `steps` notes what they see.
 
-        The others as in `FlowFamily.velocity`.
+        A graph is of one step, so it serves any number of them. The others are as in
+        `FlowFamily.velocity`.
         """
         from lerobot.policies.common.flow_matching import euler_integrate
 
@@ -53,7 +76,7 @@ class CapturedFlow:
         layout = tuple(numbers[None if kept is None else id(kept)] for kept in places)
         held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         given = (steps.looked, padding, *sets.values(), *held, *beside)
-        step = self.step(layout, tuple((part.shape, part.dtype) for part in given))
+        step = self.step(layout, _like(given))
         step.begin(given)
         with self._constants:
             actions: Tensor = euler_integrate(step, noise, count)
@@ -65,7 +88,7 @@ class _Step:
     """One flow step over tensors of its own, which `begin` fills: (noisy, time) -> velocity.
 
     layout: of each layer, which of the sets of places it has left, from 1 on; 0 = all places.
-    like: shapes and dtypes of what `begin` takes. looked: what the steps since then saw, summed
+    like: of what `begin` takes. looked: what the steps since then saw, summed
     over `looks` layers of each.
     """
 
@@ -75,7 +98,7 @@ class _Step:
         pruning: FlowPruning,
         pool: GraphPool,
         layout: tuple[int, ...],
-        like: tuple[tuple[torch.Size, torch.dtype], ...],
+        like: Like,
     ) -> None:
         self._family, self._pruning = family, pruning
         self._own = [torch.zeros(shape, dtype=kind, device=pool.device) for shape, kind in like]
@@ -109,3 +132,7 @@ class _Step:
             velocity = self._family.velocity(noisy, time, self._padding, self._cache, *self._beside)
         self.looks = steps.looks
         return (velocity,)
+
+
+def _like(tensors: Sequence[Tensor]) -> Like:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -139,10 +139,18 @@ class FlowFamily(ABC):
         """While open, the layers of prefix and expert run through `pruning`."""
 
     @abstractmethod
+    def words(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What stands in the prefix behind the pictures, as `embed` takes it."""
+
+    @abstractmethod
     def embed(
-        self, pictures: list[Tensor], masks: list[Tensor], batch: dict[str, Any]
+        self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prefix embeddings [b, n, d], padding mask and block mask, bool [b, n], of a batch."""
+        """Prefix embeddings [b, n, d], padding mask and block mask, bool [b, n]."""
+
+    def unasked(self) -> AbstractContextManager[Any]:
+        """While open, `embed` asks for no value of a tensor once it has seen pictures of a size."""
+        return nullcontext()
 
     @abstractmethod
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:

@@ -25,7 +25,7 @@ from stream.reducers.identity import Identity
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
 from .families import family_of
 from .flow import FlowPruning, FlowSteps, Inference, Request
-from .flow_captured import CapturedFlow
+from .flow_captured import Captured
 from .flow_family import FlowFamily, Seen
 
 STEP_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -56,8 +56,8 @@ class FlowPolicy(VLAPolicy):
     """A lerobot flow policy and the reducer it is pruned by.
 
     preprocess, postprocess: lerobot's own pipelines of this policy. dt_s: control period, which
-    lerobot's checkpoints do not tell. capture: take flow steps in fixed shapes, which a GPU replays
-    as captured graphs; None = on CUDA.
+    lerobot's checkpoints do not tell. capture: see and take flow steps in fixed shapes, which a GPU
+    replays as captured graphs; None = on CUDA.
 
     SmolVLA and pi05 put the state into the prefix: acted from an old prefix, they go by its state;
     pi0 goes by the newer one.
@@ -80,7 +80,7 @@ class FlowPolicy(VLAPolicy):
         self.device = next(policy.parameters()).device
         config, family = policy.config, self._family
         wanted = self.device.type == "cuda" if capture is None else capture
-        self.captured = CapturedFlow(family, self._pruning, self.device) if wanted else None
+        self.captured = Captured(family, self._pruning, self.device) if wanted else None
         self._keys = {
             key.removeprefix("observation.").removeprefix("images."): key for key in family.cameras
         }
@@ -121,7 +121,8 @@ class FlowPolicy(VLAPolicy):
         batch = self._batch(observation, cameras)
         pictures, masks = getattr(family.policy, family.pictures)(batch)
         pictures, masks, seen = family.see(batch, pictures, masks)
-        embeds, padding, blocks = family.embed(pictures, masks, batch)
+        embed = self.captured.embed if self.captured else family.embed
+        embeds, padding, blocks = embed(pictures, masks, *family.words(batch))
         return FlowScene(
             x=embeds[0, seen.slots(embeds.device)],
             grid=replace(self._spec.grid, frames=len(cameras)),
@@ -170,7 +171,8 @@ class FlowPolicy(VLAPolicy):
         # Also tells the processors which state relative actions start from.
         batch = self._batch(known, ())
         inference = held.inference.anew()
-        actions = (self.captured or self._flow)(
+        flow = self.captured.flow if self.captured else self._flow
+        actions = flow(
             inference.steps,
             self._noise(seed),
             steps or self._family.flow_steps,
@@ -185,7 +187,7 @@ class FlowPolicy(VLAPolicy):
         return ActionChunk(chunk, held.observation.time_s), attention
 
     def _flow(self, steps: FlowSteps, noise: Tensor, count: int, *prefix: Any) -> Tensor:
-        """As `CapturedFlow`, kernel by kernel."""
+        """As `Captured.flow`, kernel by kernel."""
         from lerobot.policies.common.flow_matching import euler_integrate
 
         with self._pruning as pruning:

@@ -5,7 +5,7 @@ The flow steps work on a clone of the prefix's cache, so nothing leaks from one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -70,14 +70,15 @@ class PiFamily(FlowFamily):
                     stack.callback(block.self_attn.register_forward_hook(look).remove)
             yield
 
-    def embed(
-        self, pictures: list[Tensor], masks: list[Tensor], batch: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def words(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
-        embeds, padding, blocks = self.model.embed_prefix(
-            pictures, masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-        )
+        return batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+
+    def embed(
+        self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        embeds, padding, blocks = self.model.embed_prefix(pictures, masks, *words)
         return embeds, padding, blocks
 
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:

@@ -7,12 +7,12 @@ last row is the state's, which stands behind the instruction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stream.errors import AttachError
 
@@ -31,6 +31,7 @@ class Family(FlowFamily):
             raise AttachError("SmolVLA was configured with use_cache=False; pruning needs it True.")
         self._towers: Any = self.model.vlm_with_expert
         self._vlm: Any = self._towers.get_vlm_model()
+        self._places: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     @property
     def depth(self) -> int:
@@ -136,19 +137,58 @@ class Family(FlowFamily):
             stack.enter_context(bound(self._towers, "eager_attention_forward", seen))
             yield
 
-    def embed(
-        self, pictures: list[Tensor], masks: list[Tensor], batch: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def words(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
+        state = self.policy.prepare_state(self.policy._prepare_batch(batch))
+        return batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], state
+
+    def embed(
+        self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, mask, state = words
         embeds, padding, blocks = self.model.embed_prefix(
-            pictures,
-            masks,
-            batch[OBS_LANGUAGE_TOKENS],
-            batch[OBS_LANGUAGE_ATTENTION_MASK],
-            state=self.policy.prepare_state(self.policy._prepare_batch(batch)),
+            pictures, masks, tokens, mask, state=state
         )
         return embeds, padding, blocks
+
+    @contextmanager
+    def unasked(self) -> Iterator[None]:
+        """The tower selects its position embeddings by a mask of patches; here all count."""
+        tower = self._vlm.vision_model
+
+        def seen(run: Any) -> Any:
+            def forward(pixel_values: Tensor, patch_attention_mask: None = None) -> Any:
+                patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+                places = self._patch_places(pixel_values)
+                x = patches + tower.embeddings.position_embedding(places)
+                encoded = tower.encoder(inputs_embeds=x, attention_mask=None)
+                encoded.last_hidden_state = tower.post_layernorm(encoded.last_hidden_state)
+                return encoded
+
+            return forward
+
+        with bound(tower, "forward", seen):
+            yield
+
+    def _patch_places(self, pixels: Tensor) -> Tensor:
+        """long [b, patches]: where the tower's own embeddings look up positions."""
+        key = pixels.shape, pixels.dtype
+        if key not in self._places:
+            embeddings = self._vlm.vision_model.embeddings
+            size = embeddings.patch_size
+
+            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                self._places[key] = args[0]
+
+            rows, columns = (side // size for side in pixels.shape[2:])
+            every = torch.ones(len(pixels), rows, columns, dtype=torch.bool, device=pixels.device)
+            hook = embeddings.position_embedding.register_forward_pre_hook(note)
+            try:
+                embeddings(pixel_values=pixels, patch_attention_mask=every)
+            finally:
+                hook.remove()
+        return self._places[key]
 
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
         from lerobot.policies.common.vla_utils import make_att_2d_masks

@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from policies.graphs.constants import Constants
+from policies.vla import flow_captured
 from policies.vla.flow import FlowPruning, FlowSteps
-from policies.vla.flow_captured import CapturedFlow
+from policies.vla.flow_captured import Captured
 from policies.vla.flow_policy import FlowPolicy
 from stream.data import Budget, Observation
 from stream.memory import Memory
 from stream.reducers.base import Reducer
 from stream.registry import build_reducer
+from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla import lerobot_models as models
 from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, PER_CAMERA
 from tests.policies.vla.test_flow_policy import observed
@@ -111,6 +113,22 @@ def test_prefixes_may_alternate_and_take_in_newer_states(parts: Any) -> None:
         assert torch.equal(mine[1], theirs[1])
 
 
+def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow_captured, "GraphPool", TapedPool)
+    fixed, stock = both(parts, build_reducer("vla_pruner", layer=3))
+    memories = Memory(), Memory()
+    for tick, (tokens, steps) in enumerate(((9, None), (N, 2), (9, 2), (N, None), (9, None))):
+        observation = observed(tick, time_s=tick / 10)
+        mine, theirs = (
+            acted(one, observation, tokens, memory, steps)
+            for one, memory in zip((fixed, stock), memories, strict=True)
+        )
+        assert np.array_equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+    assert fixed.captured is not None
+    assert fixed.captured.pool.captured == 1 + 2
+
+
 # --- few graphs
 
 
@@ -179,7 +197,7 @@ class Copied(TorchDispatchMode):
 
 
 @pytest.fixture
-def valueless(parts: Any) -> tuple[CapturedFlow, FlowSteps, list[Any]]:
+def valueless(parts: Any) -> tuple[Captured, FlowSteps, list[Any]]:
     """A pruned prefix without values: only its shapes are known."""
     stock = FlowPolicy(*parts, build_reducer("vla_pruner", layer=3), capture=False)
     prefix = stock.prefill(stock.encode(observed()), Budget(9), Memory())
@@ -197,24 +215,62 @@ def valueless(parts: Any) -> tuple[CapturedFlow, FlowSteps, list[Any]]:
     family = type(stock._family)(policy)
     pruning = FlowPruning(family, build_reducer("vla_pruner", layer=3), look=True)
     beside = [t.to("meta") for t in stock._family.beside(stock._batch(observed(), ()))]
-    flow = CapturedFlow(family, pruning, torch.device("meta"))
+    flow = Captured(family, pruning, torch.device("meta"))
     return flow, steps, [held.padding.to("meta"), cache, *beside]
 
 
 @torch.inference_mode()
 def test_no_value_is_asked_for_and_none_comes_from_the_host(
-    valueless: tuple[CapturedFlow, FlowSteps, list[Any]],
+    valueless: tuple[Captured, FlowSteps, list[Any]],
 ) -> None:
     flow, steps, prefix = valueless
     noise = models.noise().to("meta")
     with Made() as made:
-        flow(steps, noise, 2, *prefix)
+        flow.flow(steps, noise, 2, *prefix)
     assert made.calls
     with Made() as made, Copied() as copied:
-        actions = flow(steps, noise, 2, *prefix)
+        actions = flow.flow(steps, noise, 2, *prefix)
     assert actions.shape == noise.shape
     assert steps.looks == 2 * 3
     assert made.calls == copied.calls == []
+
+
+class Asked(TorchDispatchMode):
+    """Counts operators that wait for values, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = str(func)
+        selects = "index" in name and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1])
+        )
+        if selects or any(word in name for word in ("local_scalar", "nonzero", "masked_select")):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_embedding_asks_for_no_value_once_it_has_seen_a_size(parts: Any) -> None:
+    fixed, stock = both(parts)
+    batch = fixed._batch(observed(), fixed.spec.cameras)
+    family, captured = fixed._family, fixed.captured
+    assert captured is not None
+    pictures, masks = getattr(family.policy, family.pictures)(batch)
+    given = (pictures, masks, *family.words(batch))
+    captured.embed(*given)
+    with Made() as made, Asked() as asked:
+        mine = captured.embed(*given)
+    assert made.calls == asked.calls == []
+    with Made() as made, Asked() as asked:
+        theirs = stock._family.embed(*given)
+    assert made.calls
+    assert bool(asked.calls) == (family.policy.config.type == "smolvla")
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_the_watch_would_see_what_comes_from_the_host() -> None:
@@ -226,6 +282,11 @@ def test_the_watch_would_see_what_comes_from_the_host() -> None:
     assert len(copied.calls) == 2
     with pytest.raises((RuntimeError, NotImplementedError)):
         x.sum().item()
+    with Asked() as asked:
+        x = torch.ones(2)
+        x[x > 0] = x.sum().item()
+        x = x[x > 0]
+    assert len(asked.calls) == 3
 
 
 def test_constants_are_of_their_numbers_and_never_of_tensors() -> None:
@@ -264,4 +325,4 @@ def test_captured_steps_act_as_launched_ones(kind: str) -> None:
             assert np.abs(mine[0] - theirs[0]).max() < 1e-4
             assert (mine[1] - theirs[1]).abs().max() < 1e-4
         assert fixed.captured.pool.fallen_back == []
-        assert fixed.captured.pool.captured == 2
+        assert fixed.captured.pool.captured == 1 + 2
