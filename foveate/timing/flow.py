@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from policies.vision.layout import lay_out_patches
 from stream.data import PatchGrid
 
 from .subjects import Prompt, StepSubject, linear_weights
@@ -80,6 +81,10 @@ class FlowSubject(StepSubject):
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+        with lay_out_patches(self._tower):
+            return self.encode_stock(pixels, saliency)
+
+    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         hidden = self._tower(pixels).last_hidden_state
         rows, k = self.grid.rows, self._shuffle
         squares = hidden.unflatten(1, (rows, k, rows, k)).transpose(2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +16,7 @@ from policies.adapter import SaliencyTap, adapter_for
 from policies.graphs.branches import at_once
 from policies.video.llava_onevision import Adapter as LlavaOnevision
 from policies.video.tiny import render, world
+from policies.vision.layout import lay_out_patches
 from policies.vision.siglip import SiglipParts
 from stream.data import PatchGrid
 from stream.memory import Memory
@@ -299,7 +301,10 @@ class ActionSubject(StepSubject):
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
     def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        return self._projected(at_once(self.device, self._works(pixels)))
+        with ExitStack() as stack:
+            for tower in self._towers:
+                stack.enter_context(lay_out_patches(tower))
+            return self._projected(at_once(self.device, self._works(pixels)))
 
     def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
         return self._projected([work() for work in self._works(pixels)])

@@ -118,9 +118,9 @@ class StagedDecoder(Continuation):
         self.rewind()
         self.looked.zero_()
 
-    def adopt(self, cache: DynamicCache, position: Tensor) -> None:
+    def adopt(self, cache: DynamicCache, position: Tensor, padding: Tensor | None = None) -> None:
         self._make_room()
-        super().adopt(cache, position)
+        super().adopt(cache, position, padding)
 
     def _make_room(self) -> None:
         """Let what lies in the buffers move out, if somebody may still go on from it."""

@@ -12,8 +12,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from stream.ops.grids import pool_features
+
+
+def lay_out_patches(tower: Any) -> RemovableHandle:
+    """Have a tower keep the channels of a patch side by side until the handle is removed."""
+
+    def contiguous(module: Any, given: Any, embedded: Tensor) -> Tensor:
+        return embedded.contiguous()
+
+    embeddings = getattr(tower, "vision_model", tower).embeddings
+    handle: RemovableHandle = embeddings.register_forward_hook(contiguous)
+    return handle
 
 
 @contextmanager
@@ -22,16 +34,9 @@ def row_after_row(model: Any, side: int, pooled: int) -> Iterator[None]:
 
     side, pooled: patches along a frame before and after pooling.
     """
-
-    def contiguous(module: Any, given: Any, embedded: Tensor) -> Tensor:
-        return embedded.contiguous()
-
-    tower = model.vision_tower
-    embeddings = getattr(tower, "vision_model", tower).embeddings
-    handle = embeddings.register_forward_hook(contiguous)
     model.apply_pooling = lambda x: pool_features(x, side, side, pooled, pooled)
     try:
-        yield
+        with lay_out_patches(model.vision_tower):
+            yield
     finally:
         del model.apply_pooling
-        handle.remove()

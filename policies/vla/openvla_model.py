@@ -24,6 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..graphs.branches import at_once
+from ..vision.layout import lay_out_patches
 
 Head = Literal["parallel", "autoregressive"]
 
@@ -105,6 +106,7 @@ class VisionTower(nn.Module):
         make: Any = AutoModel.from_config
         encoder = make(made, attn_implementation="sdpa")
         self.encoder = getattr(encoder, "vision_model", encoder)  # a wrapper in some versions
+        lay_out_patches(self.encoder)
         self.width: int = made.hidden_size
         self.side: int = made.image_size // made.patch_size
 
