@@ -26,8 +26,9 @@ class AskConfig(Config):
     model: a name in the box, a folder, or a hub name. settings: of the reducer. retain: share of
     the visual tokens to keep. frames: how many, evenly spaced; fps: instead, that many a second.
     encoder: `merge` or `skip` lets a SigLIP tower compute less, see policies/vision.
-    capture: answers in captured steps: `auto` on CUDA, `on`, `off`. The first answer behind prompts
-    of one length, rounded up to 256, then takes about three steps longer, for once.
+    capture: answers and SigLIP towers run as captured programs: `auto` on CUDA, `on`, `off`. Once
+    for prompts of one length, rounded up to 256, an answer takes about three steps longer; once for
+    a number of frames, encoding takes three times as long.
     """
 
     model: str = "tiny-video"

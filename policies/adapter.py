@@ -66,6 +66,9 @@ class VideoAdapter(ABC):
     provides_inside: ClassVar[frozenset[Signal]] = INSIDE
     """Signals inside it."""
 
+    encoder_waits: ClassVar[bool] = True
+    """Whether the encoder asks the device for values, so that no graph can hold it."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
 
@@ -105,6 +108,17 @@ class VideoAdapter(ABC):
     def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         """Projected and pooled features [n, d] of one video in (t, y, x) order, and their grid."""
 
+    def encoded(
+        self, pixels: dict[str, Any], saliency: bool
+    ) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
+        """`features`, and the pooled saliency if asked for."""
+        if not saliency:
+            return *self.features(pixels), {}
+        tap = SaliencyTap()
+        with self.saliency(tap):
+            x, grid = self.features(pixels)
+        return x, grid, {Signal.SALIENCY: self.pooled_saliency(tap.take(), [grid])[0]}
+
     def stock_features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         """`features` as transformers computes them: the same values, perhaps later."""
         return self.features(pixels)
@@ -121,7 +135,7 @@ class VideoAdapter(ABC):
     def lean_features(
         self, lean: Lean, pixels: dict[str, Any], saliency: bool
     ) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
-        """What `features` gives, and the pooled saliency if asked for, from the tower `lean`."""
+        """What `encoded` gives, from the tower `lean`."""
         raise NotImplementedError
 
     @abstractmethod

@@ -19,13 +19,14 @@ from stream.plan import Plan
 from stream.reducers.base import Reducer
 from stream.signals import Signal, Signals
 
-from .adapter import SaliencyTap, VideoAdapter, adapter_for
+from .adapter import VideoAdapter, adapter_for
 from .graphs.greedy import GreedySteps, Listener, Progress
 from .hooks import Positions, ReductionHooks
 from .kvcache import branch
 from .live_cache import LiveCache
 from .models import load
 from .prefill import VideoSpan, lift
+from .vision.captured import CapturedEncoder
 from .vision.lean import Encoder
 
 
@@ -45,8 +46,8 @@ class Prompt:
 
 
 Capture = Literal["auto", "on", "off"]
-"""Whether answers are decoded in captured steps: `auto` on CUDA, `on` everywhere (a CPU runs the
-same steps as they stand), `off` nowhere."""
+"""Whether captured programs decode answers and, where the encoder allows it, encode: `auto` on
+CUDA, `on` everywhere (a CPU runs the programs as they stand), `off` nowhere."""
 
 
 class VideoReasoner:
@@ -81,6 +82,8 @@ class VideoReasoner:
         self._lean = self.adapter.lean(encoder)
         captures = capture == "on" or (capture == "auto" and model.device.type == "cuda")
         self._steps = GreedySteps.of(model, self.adapter.text_model) if captures else None
+        captures = captures and not self.adapter.encoder_waits
+        self._encoder = CapturedEncoder(self.adapter, self._needs_saliency) if captures else None
 
     @classmethod
     def load(cls, name: str, reducer: Reducer, device: str | None = None, **options: Any) -> Self:
@@ -92,16 +95,12 @@ class VideoReasoner:
     def encode(self, frames: Sequence[Frame]) -> EncodedVideo:
         """One pass of the vision encoder over consecutive frames."""
         pixels = self.adapter.pixel_inputs(frames, self._processor)
-        signals: dict[Signal, Tensor] = {}
         if self._lean is not None:
             x, grid, signals = self.adapter.lean_features(self._lean, pixels, self._needs_saliency)
-        elif self._needs_saliency:
-            tap = SaliencyTap()
-            with self.adapter.saliency(tap):
-                x, grid = self.adapter.features(pixels)
-            signals[Signal.SALIENCY] = self.adapter.pooled_saliency(tap.take(), [grid])[0]
+        elif self._encoder is not None:
+            x, grid, signals = self._encoder.encoded(pixels)
         else:
-            x, grid = self.adapter.features(pixels)
+            x, grid, signals = self.adapter.encoded(pixels, self._needs_saliency)
         times = tuple(f.pts_s for f in frames[:: self.adapter.frames_per_token()])
         return EncodedVideo(x, signals, grid, times)
 

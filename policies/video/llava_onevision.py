@@ -23,6 +23,8 @@ from ..vision.lean import Encoder, Lean, lean_tower
 class Adapter(VideoAdapter):
     """`LlavaOnevisionForConditionalGeneration`; images pass unreduced, videos are reduced."""
 
+    encoder_waits = False
+
     @property
     def vision_model(self) -> PreTrainedModel:
         tower: PreTrainedModel = self.model.model.vision_tower

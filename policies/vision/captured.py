@@ -1,0 +1,50 @@
+"""A vision encoder as programs of fixed shape, for numbers of frames that come again."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from stream.data import PatchGrid
+from stream.signals import Signal
+
+from ..adapter import VideoAdapter
+from ..graphs.capture import GraphPool, Program
+
+KEPT = 8
+"""Shapes of pixels whose programs are kept; the one that was not used for the longest time goes."""
+
+
+class CapturedEncoder:
+    """`VideoAdapter.encoded`, captured on CUDA from the second time on that a shape comes.
+
+    Takes about three passes to capture. For one thread at a time.
+    """
+
+    def __init__(self, adapter: VideoAdapter, saliency: bool) -> None:
+        self._adapter, self._saliency = adapter, saliency
+        self._pool = GraphPool(adapter.model.device)
+        self._grids: dict[tuple[int, ...], PatchGrid] = {}
+        self._program = lru_cache(KEPT)(self._program_of)
+
+    def encoded(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
+        """pixels: one tensor, as `VideoAdapter.pixel_inputs` gives it."""
+        ((name, values),) = pixels.items()
+        values = values.to(self._adapter.model.device, self._adapter.model.dtype)
+        shape = tuple(values.shape)
+        if shape not in self._grids:
+            x, grid, signals = self._adapter.encoded({name: values}, self._saliency)
+            self._grids[shape] = grid
+            return x, grid, signals
+        x, *scores = (made.clone() for made in self._program(name, shape)(values))
+        wanted = [Signal.SALIENCY] if self._saliency else []
+        return x, self._grids[shape], dict(zip(wanted, scores, strict=True))
+
+    def _program_of(self, name: str, shape: tuple[int, ...]) -> Program:
+        def work(values: Tensor) -> tuple[Tensor, ...]:
+            x, _, signals = self._adapter.encoded({name: values}, self._saliency)
+            return (x, *signals.values())
+
+        return Program(self._pool, f"The encoder of pixels {shape}", work)

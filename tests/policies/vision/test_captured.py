@@ -1,0 +1,60 @@
+"""Frames encoded by programs have the features and signals that the encoder gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from policies.models import load
+from policies.reasoner import VideoReasoner
+from policies.vision.captured import CapturedEncoder
+from stream.pipeline import EncodedVideo
+from stream.registry import build_reducer
+
+from ..test_reasoner import FRAMES, family
+
+
+def pair(parts: tuple[Any, Any], method: str) -> tuple[VideoReasoner, VideoReasoner]:
+    """Not captured, and captured where there is a GPU."""
+    reducer = build_reducer(method)
+    off, on = (VideoReasoner(*parts, reducer, capture=c) for c in ("off", "on"))
+    return off, on
+
+
+def same(one: EncodedVideo, other: EncodedVideo, atol: float) -> None:
+    assert torch.allclose(one.x, other.x, atol=atol)
+    assert one.signals.keys() == other.signals.keys()
+    for signal, value in one.signals.items():
+        assert torch.allclose(value, other.signals[signal], atol=atol)
+    assert (one.grid, one.pts_s) == (other.grid, other.pts_s)
+
+
+def encoded_again_and_again(parts: tuple[Any, Any], method: str, atol: float) -> CapturedEncoder:
+    off, on = pair(parts, method)
+    chunks = [FRAMES[:3], FRAMES[3:6], FRAMES[5:], FRAMES[:1], FRAMES[1:4]]
+    made = [on.encode(chunk) for chunk in chunks]
+    for chunk, one in zip(chunks, made, strict=True):
+        same(one, off.encode(chunk), atol)
+    assert on._encoder is not None
+    assert on._encoder._program.cache_info().currsize == 1, "one frame came once"
+    return on._encoder
+
+
+@pytest.mark.parametrize("method", ["holitom", "identity"])
+@torch.inference_mode()
+def test_numbers_of_frames_that_come_again_are_a_program(method: str) -> None:
+    encoded_again_and_again(family("llava_onevision"), method, 0.0)
+
+
+def test_an_encoder_that_asks_the_device_back_stays_as_it_is() -> None:
+    _, on = pair(family("qwen2_5_vl"), "holitom")
+    assert on._encoder is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["holitom", "identity"])
+def test_a_gpu_encodes_the_same_captured(method: str) -> None:
+    encoder = encoded_again_and_again(load("tiny-video", "cuda", torch.float32), method, 1e-4)
+    assert (encoder._pool.captured, encoder._pool.fallen_back) == (1, [])
