@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -147,8 +148,15 @@ class FlowPruning:
         """Tokens, text included, that entered each layer of the last prefix."""
         return self.inference.prefill.lengths(self._family.depth) if self.inference else []
 
-    def __enter__(self) -> Self:
-        policy, model = self._family.policy, self._family.model
+    @property
+    def sections(self) -> list[tuple[int, int]]:
+        """(first, stop) of the layers between which no token leaves."""
+        firsts = sorted({0, *self._stages})
+        return list(pairwise([*firsts, self._family.depth]))
+
+    def check(self) -> None:
+        """Raises AttachError where the policy cannot be pruned now."""
+        policy = self._family.policy
         name = type(policy).__name__
         if policy in _attached:
             raise AttachError(
@@ -161,6 +169,10 @@ class FlowPruning:
                 f"{name} was built with compile_model=True, whose graphs are of the full length; "
                 "load it with config.compile_model = False."
             )
+
+    def __enter__(self) -> Self:
+        self.check()
+        policy, model = self._family.policy, self._family.model
 
         def refuse(forward: Any) -> Any:
             def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -198,9 +210,20 @@ class FlowPruning:
         if alive is not None:
             positions = positions.gather(1, alive)
             mask = _taken(_taken(mask, alive, -2), alive, -1)
-        if needs := self._scored.get(layer + 1):
-            prefill.signals[layer + 1] = self._scores(layer, hidden, positions, mask, needs)
+        self._foresee(layer, hidden, positions, mask)
         return hidden, positions, mask
+
+    def leave(self, first: int, stop: int, last: Tensor, positions: Tensor, mask: Tensor) -> None:
+        """The prefix, having entered a layer, went on to `stop` without pause.
+
+        last: [b, n, d], what entered layer stop - 1; the others as `enter` returned them.
+        """
+        assert self.inference is not None
+        alive = self.inference.prefill.alive
+        for layer in range(first + 1, stop):
+            alive[layer] = alive[first]
+        if stop - 1 > first:
+            self._foresee(stop - 1, last, positions, mask)
 
     def alive(self, layer: int) -> Tensor | None:
         """long [b, n]: places of the prefix that are left at a layer; None = all."""
@@ -283,6 +306,13 @@ class FlowPruning:
         ]
         if self._keeps_inputs:
             prefill.inputs = hidden
+
+    def _foresee(self, layer: int, hidden: Tensor, positions: Tensor, mask: Tensor) -> None:
+        """What the stage of the next layer, if any, is told."""
+        assert self.inference is not None
+        if needs := self._scored.get(layer + 1):
+            scores = self._scores(layer, hidden, positions, mask, needs)
+            self.inference.prefill.signals[layer + 1] = scores
 
     def _scores(
         self,

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
-from .flow import FlowPruning, FlowSteps
+from .flow import FlowPruning, FlowSteps, Inference, Request
 from .flow_family import FlowFamily
 
 KEPT = 16
@@ -34,6 +34,7 @@ class Captured:
         self.pool = GraphPool(device)
         self._family, self._pruning, self._constants = family, pruning, Constants()
         self.eye = lru_cache(KEPT)(self._eye)
+        self.section = lru_cache(KEPT)(self._section)
         self.step = lru_cache(KEPT)(partial(_Step, family, pruning, self.pool))
 
     def embed(
@@ -54,6 +55,45 @@ class Captured:
 
         return Program(self.pool, f"The eyes of {type(self._family.policy).__name__}", work)
 
+    def prefill(
+        self, request: Request, embeds: Tensor, padding: Tensor, blocks: Tensor
+    ) -> tuple[Any, Inference]:
+        """The cache of a prefix, and what became of its tokens.
+
+        Between the stages layers are replayed; a stage itself needs its episode's memory.
+        """
+        pruning, cache = self._pruning, DynamicCache()
+        pruning.check()
+        hidden, positions, mask = self._family.entering(embeds, padding, blocks)
+        pruning.expect(request)
+        try:
+            for first, stop in pruning.sections:
+                given = pruning.enter(first, hidden, positions, mask)
+                with self._constants:
+                    hidden, last, *held = self.section(first, stop, _like(given))(*given)
+                    for i, layer in enumerate(range(first, stop)):
+                        cache.update(held[2 * i], held[2 * i + 1], layer)
+                pruning.leave(first, stop, last, *given[1:])
+            inference = pruning.inference
+        finally:
+            pruning.forget()
+        assert inference is not None
+        return cache, inference
+
+    def _section(self, first: int, stop: int, like: Like) -> Program:
+        """(hidden, positions, mask) -> (what leaves the last layer, what entered it, and the keys
+        and values of all layers)"""
+
+        def work(hidden: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            cache, which, last = DynamicCache(), range(first, stop), hidden
+            for left in self._family.layers(which, hidden, positions, mask, cache):
+                last, hidden = hidden, left
+            layers: Any = cache.layers[first:stop]
+            return hidden, last, *(part for own in layers for part in (own.keys, own.values))
+
+        name = f"Layers {first} to {stop - 1} of {type(self._family.policy).__name__}"
+        return Program(self.pool, name, work)
+
     def flow(
         self,
         steps: FlowSteps,
@@ -70,6 +110,7 @@ class Captured:
         """
         from lerobot.policies.common.flow_matching import euler_integrate
 
+        self._pruning.check()
         places = [steps.alive[layer] for layer in sorted(steps.alive)]
         sets = {id(kept): kept for kept in places if kept is not None}
         numbers = {None: 0} | {key: i for i, key in enumerate(sets, 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -151,6 +151,18 @@ class FlowFamily(ABC):
     def unasked(self) -> AbstractContextManager[Any]:
         """While open, `embed` asks for no value of a tensor once it has seen pictures of a size."""
         return nullcontext()
+
+    @abstractmethod
+    def entering(
+        self, embeds: Tensor, padding: Tensor, blocks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What enters layer 0, its positions and mask, as `FlowPruning.enter` takes them."""
+
+    @abstractmethod
+    def layers(
+        self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor, cache: Any
+    ) -> Iterator[Tensor]:
+        """What leaves each of some layers of the prefix; the cache takes their keys and values."""
 
     @abstractmethod
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:

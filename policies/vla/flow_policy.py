@@ -140,11 +140,9 @@ class FlowPolicy(VLAPolicy):
         """See `VLAPolicy`; the scene is one that this policy encoded."""
         assert isinstance(scene, FlowScene)
         observation = scene.observation
-        with self._pruning as pruning:
-            pruning.expect(Request(scene.seen, budget, (memory,), (observation.time_s,)))
-            cache = self._family.prefill(scene.embeds, scene.padding, scene.blocks)
-            inference = pruning.inference
-        assert inference is not None
+        request = Request(scene.seen, budget, (memory,), (observation.time_s,))
+        prefill = self.captured.prefill if self.captured else self._prefill
+        cache, inference = prefill(request, scene.embeds, scene.padding, scene.blocks)
         memory.tick += 1
         places = scene.seen.index(self.device)
         plan = inference.plans[0].among(places)
@@ -185,6 +183,15 @@ class FlowPolicy(VLAPolicy):
         attention = torch.zeros(prefix.grid.size, device=self.device)
         attention[prefix.plan.anchor] = inference.attention()[0]
         return ActionChunk(chunk, held.observation.time_s), attention
+
+    def _prefill(self, request: Request, *prefix: Tensor) -> tuple[Any, Inference]:
+        """As `Captured.prefill`, kernel by kernel."""
+        with self._pruning as pruning:
+            pruning.expect(request)
+            cache = self._family.prefill(*prefix)
+            inference = pruning.inference
+        assert inference is not None
+        return cache, inference
 
     def _flow(self, steps: FlowSteps, noise: Tensor, count: int, *prefix: Any) -> Tensor:
         """As `Captured.flow`, kernel by kernel."""

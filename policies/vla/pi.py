@@ -81,15 +81,40 @@ class PiFamily(FlowFamily):
         embeds, padding, blocks = self.model.embed_prefix(pictures, masks, *words)
         return embeds, padding, blocks
 
-    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+    def entering(
+        self, embeds: Tensor, padding: Tensor, blocks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 
+        mask = prepare_attention_masks_4d(make_att_2d_masks(padding, blocks))
+        weight = self._prefix.layers[0].self_attn.q_proj.weight
+        hidden = embeds.to(weight.dtype) if weight.dtype == torch.bfloat16 else embeds
+        return hidden, padding.cumsum(1) - 1, mask
+
+    def layers(
+        self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor, cache: Any
+    ) -> Iterator[Tensor]:
+        self._prefix.config._attn_implementation = "eager"
+        rotary = self._prefix.rotary_emb(hidden, positions)
+        for layer in which:
+            hidden = self._prefix.layers[layer](
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+            yield hidden
+
+    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+        hidden, positions, mask = self.entering(embeds, padding, blocks)
         self._prefix.config._attn_implementation = "eager"
         _, cache = self._towers.forward(
-            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(padding, blocks)),
-            position_ids=padding.cumsum(1) - 1,
+            attention_mask=mask,
+            position_ids=positions,
             past_key_values=None,
-            inputs_embeds=[embeds, None],
+            inputs_embeds=[hidden, None],
             use_cache=True,
         )
         return cache

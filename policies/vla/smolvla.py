@@ -190,14 +190,39 @@ class Family(FlowFamily):
                 hook.remove()
         return self._places[key]
 
-    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+    def entering(
+        self, embeds: Tensor, padding: Tensor, blocks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from lerobot.policies.common.vla_utils import make_att_2d_masks
 
+        return embeds, padding.cumsum(1) - 1, make_att_2d_masks(padding, blocks)
+
+    def layers(
+        self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor, cache: Any
+    ) -> Iterator[Tensor]:
+        towers, text = self._towers, self._vlm.text_model
+        towers_layers = towers.get_model_layers([text, towers.lm_expert])
+        shape = len(hidden), towers.config.text_config.head_dim
+        for layer in which:
+            block = text.layers[layer]
+            out = block.self_attn.o_proj
+            (seen,), _ = towers.forward_attn_layer(
+                towers_layers, [hidden, None], layer, positions, mask, *shape, True, cache
+            )
+            # Sums are of the type of the layer, which the embeddings need not be of.
+            moved = out(seen.to(out.weight.dtype))
+            moved += hidden
+            hidden = block.mlp(block.post_attention_layernorm(moved))
+            hidden += moved
+            yield hidden
+
+    def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
+        hidden, positions, mask = self.entering(embeds, padding, blocks)
         _, cache = self._towers.forward(
-            attention_mask=make_att_2d_masks(padding, blocks),
-            position_ids=padding.cumsum(1) - 1,
+            attention_mask=mask,
+            position_ids=positions,
             past_key_values=None,
-            inputs_embeds=[embeds, None],
+            inputs_embeds=[hidden, None],
             use_cache=True,
         )
         return cache

@@ -20,9 +20,10 @@ from policies.vla.flow import FlowPruning, FlowSteps
 from policies.vla.flow_captured import Captured
 from policies.vla.flow_policy import FlowPolicy
 from stream.data import Budget, Observation
+from stream.errors import AttachError
 from stream.memory import Memory
 from stream.reducers.base import Reducer
-from stream.registry import build_reducer
+from stream.registry import build_reducer, reducer_names
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla import lerobot_models as models
 from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, PER_CAMERA
@@ -30,6 +31,9 @@ from tests.policies.vla.test_flow_policy import observed
 
 N = len(CAMERAS) * PER_CAMERA
 KINDS = sorted(BUILDERS)
+EYE, SECTIONS, STEPS = 1, 3, 2
+"""Graphs of one size of pictures and two budgets: in front of the layer that prunes there is one
+length, behind it and in the flow steps there are two."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -96,6 +100,37 @@ def test_all_tokens_give_the_untouched_policys_bits(parts: Any) -> None:
         assert np.array_equal(acted(fixed, observation, N)[0], expected)
 
 
+def test_a_prefix_of_two_precisions_is_the_same_bits() -> None:
+    """As in SmolVLA's checkpoints, whose language model is of less precision than the state."""
+    policy = BUILDERS["smolvla"]()
+    policy.model.vlm_with_expert.vlm.half()
+    fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
+    observation = observed()
+    mine, theirs = (acted(one, observation, 9) for one in (fixed, stock))
+    assert np.array_equal(mine[0], theirs[0])
+    assert torch.equal(mine[1], theirs[1])
+
+
+def test_every_reducer_that_fits_is_the_same_bits(parts: Any) -> None:
+    ran = 0
+    for name in reducer_names():
+        try:
+            fixed, stock = both(parts, build_reducer(name))
+        except AttachError:
+            continue
+        ran += 1
+        memories = Memory(), Memory()
+        for tick in range(2):
+            observation = observed(tick, time_s=tick / 10)
+            mine, theirs = (
+                acted(one, observation, 10, memory, 1)
+                for one, memory in zip((fixed, stock), memories, strict=True)
+            )
+            assert np.array_equal(mine[0], theirs[0]), name
+            assert torch.equal(mine[1], theirs[1]), name
+    assert ran > 5
+
+
 def test_prefixes_may_alternate_and_take_in_newer_states(parts: Any) -> None:
     fixed, stock = both(parts, build_reducer("vla_pruner"))
     one, two = observed(1), observed(2)
@@ -126,7 +161,7 @@ def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.Mo
         assert np.array_equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])
     assert fixed.captured is not None
-    assert fixed.captured.pool.captured == 1 + 2
+    assert fixed.captured.pool.captured == EYE + SECTIONS + STEPS
 
 
 # --- few graphs
@@ -325,4 +360,4 @@ def test_captured_steps_act_as_launched_ones(kind: str) -> None:
             assert np.abs(mine[0] - theirs[0]).max() < 1e-4
             assert (mine[1] - theirs[1]).abs().max() < 1e-4
         assert fixed.captured.pool.fallen_back == []
-        assert fixed.captured.pool.captured == 1 + 2
+        assert fixed.captured.pool.captured == EYE + (SECTIONS if layer else 2) + STEPS
