@@ -1,4 +1,4 @@
-"""What a GPU replays of lerobot's flow policies: embedding a prefix, and flow steps over it."""
+"""What a GPU replays of lerobot's flow policies: encoders, layers of a prefix, and flow steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Like = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class Captured:
-    """Parts of a policy, under its pruning, in fixed shapes; lerobot's own code runs in them.
+    """Parts of a policy, under its pruning, in fixed shapes; what runs is lerobot's own code.
 
     The first call of a shape captures it, which takes about three calls. Calls from several threads
     must not overlap.

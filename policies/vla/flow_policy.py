@@ -56,8 +56,8 @@ class FlowPolicy(VLAPolicy):
     """A lerobot flow policy and the reducer it is pruned by.
 
     preprocess, postprocess: lerobot's own pipelines of this policy. dt_s: control period, which
-    lerobot's checkpoints do not tell. capture: see and take flow steps in fixed shapes, which a GPU
-    replays as captured graphs; None = on CUDA.
+    lerobot's checkpoints do not tell. capture: run in fixed shapes, which a GPU replays as
+    captured graphs; None = on CUDA.
 
     SmolVLA and pi05 put the state into the prefix: acted from an old prefix, they go by its state;
     pi0 goes by the newer one.
