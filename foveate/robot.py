@@ -66,6 +66,8 @@ def timing_of(settings: DriveSettings, policy: VLAPolicy, observation: Observati
             {*buckets_of(tokens), Budget.ratio(settings.keep or 1.0, tokens).tokens},
         )
         card, note = own_card(settings, policy, observation)
+        if policy.captured is not None and (pool := policy.captured.pool).captured:
+            note += f"; {pool.captured} graphs captured in {pool.warmup_s:.1f} s"
         return Timing(card, WallTime(policy.device, label), note)
     card = fitted(_given_card(settings, policy.spec.grid.size), policy.spec.grid.size)
     return Timing(card, CardTime(card, label), settings.time)

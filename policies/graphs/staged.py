@@ -109,6 +109,10 @@ class StagedDecoder(Continuation):
         self._inside = ref(made)
         return made, state
 
+    def forget(self) -> None:
+        super().forget()
+        self._section.cache_clear()
+
     def resume(self, prefilled: Prefilled) -> None:
         """Go on from what this decoder prefilled, now or earlier; `looked` begins anew."""
         if self._inside is None or self._inside() is not prefilled:

@@ -76,11 +76,14 @@ class Prefix:
 class VLAPolicy(ABC):
     """A policy and the reducer attached to it. Holds no state of an episode: that is in `Memory`.
 
+    captured: what runs in fixed shapes, with the `pool` of its graphs; None if nothing does.
+
     Implementations run under `torch.inference_mode` and never mix episodes: `memory` and `epoch`
     belong to the caller's episode.
     """
 
     device: torch.device
+    captured: Any = None
 
     @property
     @abstractmethod

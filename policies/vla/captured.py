@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,9 +24,9 @@ from .prompts import Prompts
 TEXT_STEP, WIDTH_STEP = 32, 256
 """Texts and key widths are padded to multiples of these, so that few graphs serve all lengths."""
 
-KEPT = 8
-"""Encoders, and decoders with their KV buffers, that are kept; the one that was not used for the
-longest time goes."""
+ENCODERS, DECODERS = 8, 4
+"""How many are kept, decoders with their KV buffers; the one that was not used for the longest time
+goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,8 @@ class Captured:
         self._model = model
         self._passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
         self._first = model.state_rows + len(model.queries.weight)
-        self.encoder = lru_cache(KEPT)(self._encoder)
-        self.decoder = lru_cache(KEPT)(self._decoder)
+        self.encoder = lru_cache(ENCODERS)(self._encoder)
+        self.decoders: OrderedDict[Any, StagedDecoder] = OrderedDict()
 
     def look(self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor) -> Any:
         """As `OpenVLA.look`."""
@@ -104,7 +105,7 @@ class Captured:
         position, text = prompts.position, prompts.text
         length, padding = position.shape[1], -text % TEXT_STEP
         more = torch.arange(1, padding + 1, device=position.device)
-        return self.decoder(len(position), parts, self._capacity(text)).prefill(
+        return self._decoder(len(position), parts, text).prefill(
             reducer.stages,
             [[span] for span in spans],
             F.pad(prompts.rows, (0, 0, 0, padding)),
@@ -124,7 +125,7 @@ class Captured:
             behind = held.cache.decoder
             behind.resume(held.cache)
         else:
-            behind = self.decoder(batch, parts, self._capacity(held.text))
+            behind = self._decoder(batch, parts, held.text)
             behind.adopt(held.cache, held.position)
         new = self._first + self._passes - 1
         widths = tuple(_up(held.lengths[section.first] + new) for section in parts.sections)
@@ -139,15 +140,22 @@ class Captured:
             actions = model.from_bins(torch.cat(bins, dim=1)).view(batch, model.config.chunk, -1)
         return actions.float(), behind.looked / (self._passes * len(parts.watched))
 
-    def _capacity(self, text: int) -> int:
-        """Places for a prompt of so much text with all cameras, and for what follows it."""
-        padded = text + -text % TEXT_STEP
-        return _up(padded + self._model.visual_tokens + self._first + self._passes - 1)
-
     def _encoder(self, shape: torch.Size, dtype: torch.dtype, text: int) -> Program:
         return Program(self.pool, f"The encoders of {shape[0]} pictures", self._model.look)
 
-    def _decoder(self, batch: int, parts: Parts, capacity: int) -> StagedDecoder:
+    def _decoder(self, batch: int, parts: Parts, text: int) -> StagedDecoder:
+        """With room for prompts of so much text with all cameras, and for what follows them."""
+        model, padded = self._model, text + -text % TEXT_STEP
+        capacity = _up(padded + model.visual_tokens + self._first + self._passes - 1)
+        shape = (batch, parts, capacity)
+        if shape not in self.decoders:
+            if len(self.decoders) == DECODERS:
+                self.decoders.popitem(last=False)[1].forget()
+            self.decoders[shape] = self._made(*shape)
+        self.decoders.move_to_end(shape)
+        return self.decoders[shape]
+
+    def _made(self, batch: int, parts: Parts, capacity: int) -> StagedDecoder:
         model = self._model
         return StagedDecoder(
             model.language_model,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from policies.graphs.capture import GraphPool, Program
 from policies.graphs.staged import Prefilled
+from policies.vla import captured
 from policies.vla.openvla import OpenVLAPolicy
 from stream.data import Budget, Observation
 from stream.memory import Memory
@@ -20,6 +21,7 @@ from stream.plan import Plan
 from stream.reducers.vla_cache import VLACache
 from stream.reducers.vla_pruner import VLAPruner
 from stream.registry import build_reducer
+from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla.openvla_parts import observation, policy
 
 HEADS = ("parallel", "autoregressive")
@@ -57,8 +59,8 @@ def episode(one: OpenVLAPolicy, seen: Sequence[Observation], budgets: Sequence[i
     return steps
 
 
-def check(captured: list[Step], stock: list[Step], within: float = 1e-5) -> None:
-    for one, other in zip(captured, stock, strict=True):
+def check(fixed: list[Step], stock: list[Step], within: float = 1e-5) -> None:
+    for one, other in zip(fixed, stock, strict=True):
         assert torch.allclose(one.relevance, other.relevance, atol=within)
         assert one.plan.same_as(other.plan)
         assert one.tokens == other.tokens
@@ -73,8 +75,8 @@ def test_an_episode_is_the_same(head: str, name: str, settings: dict[str, Any]) 
     missing = (None, None, None, None, "wrist", None, "scene")
     seen = [observation(i, text=i % 2, missing=m, time_s=0.1 * i) for i, m in enumerate(missing)]
     budgets = (8, 8, 32, 5, 8, 1, 8)
-    captured, stock = policy(head, reducer, True), policy(head, reducer, False)
-    check(episode(captured, seen, budgets), episode(stock, seen, budgets))
+    fixed, stock = policy(head, reducer, True), policy(head, reducer, False)
+    check(episode(fixed, seen, budgets), episode(stock, seen, budgets))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -129,17 +131,52 @@ def test_prefixes_of_two_episodes_are_acted_from_in_any_order(head: str) -> None
         assert torch.allclose(attention, expected[i][1], atol=1e-5)
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("name", "settings"), REDUCERS)
+def test_replayed_operators_do_without_python(
+    head: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    fixed, stock = (policy(head, build_reducer(name, **settings), c) for c in (True, False))
+    assert fixed.captured is not None
+    budgets = (8, 32, 8, 5, 8, 5)
+    graphs = []
+    for first in (0, 10):
+        seen = [observation(first + i, text=i % 2, time_s=0.1 * i) for i in range(6)]
+        check(episode(fixed, seen, budgets), episode(stock, seen, budgets))
+        graphs.append(fixed.captured.pool.captured)
+    assert graphs[0] == graphs[1] > 0
+
+
 def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> None:
     one = policy("parallel", VLAPruner(layer=2), capture=True)
     assert one.captured is not None
     seen = [observation(i, text=i) for i in range(2)]
     prefixes = one.prefill_batch(one.encode_batch(seen), Budget(8), [Memory(), Memory()], [0, 0])
     chunks, _ = one.act_batch(prefixes, seen)
-    assert one.captured.decoder.cache_info().currsize == 0
+    assert not one.captured.decoders
     for chunk, observed in zip(chunks, seen, strict=True):
         (alone,) = episode(one, [observed], [8])
         assert np.abs(chunk.actions - alone.actions.numpy()).max() < 1e-5
-    assert one.captured.decoder.cache_info().currsize == 1
+    assert len(one.captured.decoders) == 1
+
+
+def test_of_many_shapes_the_longest_unused_goes() -> None:
+    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in (True, False))
+    assert one.captured is not None
+    held = []
+    for batch in (1, 2, 3, 1, 4, 5, 6):
+        seen = [observation(10 * batch + i) for i in range(batch)]
+        given = Budget(8), [Memory() for _ in seen], [0] * batch
+        held.append((seen, *(p.prefill_batch(p.encode_batch(seen), *given) for p in (one, stock))))
+        assert len(one.captured.decoders) <= captured.DECODERS
+    assert [batch for batch, _, _ in one.captured.decoders] == [1, 4, 5, 6]
+    for seen, mine, theirs in held:
+        expected, looked = stock.act_batch(theirs, seen)
+        chunks, attention = one.act_batch(mine, seen)
+        for chunk, other in zip(chunks, expected, strict=True):
+            assert np.abs(chunk.actions - other.actions).max() < 1e-5
+        assert torch.allclose(attention, looked, atol=1e-5)
 
 
 def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:
@@ -156,10 +193,10 @@ def test_graphs_act_as_the_network_does(head: str, reducer: Any) -> None:
     budgets = (8, 8, 32, 8, 5, 8)
     both = [policy(head, reducer, capture, device="cuda") for capture in (True, False)]
     check(*(episode(one, seen, budgets) for one in both), within=1e-4)
-    captured = both[0].captured
-    assert captured is not None
-    graphs = captured.pool.captured
+    assert both[0].captured is not None
+    pool = both[0].captured.pool
+    graphs = pool.captured
     assert graphs > 0
-    assert captured.pool.fallen_back == []
+    assert pool.fallen_back == []
     check(*(episode(one, seen, budgets) for one in both), within=1e-4)
-    assert captured.pool.captured == graphs
+    assert pool.captured == graphs
