@@ -1,4 +1,4 @@
-"""Declares `foveate bench ttft | step | throughput | select | encoder`."""
+"""Declares `foveate bench ttft | step | throughput | answer | select | encoder`."""
 
 from __future__ import annotations
 
@@ -161,6 +161,40 @@ def bench_select(
     from ..commands import bench_speed as command
 
     command.select(cameras, retain, device, dtype, repeats, seed, as_json)
+
+
+@bench_app.command("answer")
+def bench_answer(
+    model: Shape = "tiny-video",
+    reducer: Cut = "holitom",
+    retain: Annotated[float, typer.Option(help="Share of visual tokens to keep.")] = 0.15,
+    frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
+    questions: Annotated[int, typer.Option(help="Asked at once, 1 to 3.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = 2,
+    repeats: Annotated[int, typer.Option(help="Requests that count, of each way.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Time of whole answers as `foveate ask` gives them, with captured programs and without."""
+    from ..commands import bench_answer as command
+
+    command.answer(
+        model,
+        reducer,
+        retain,
+        frames,
+        questions,
+        tokens,
+        device,
+        dtype,
+        threads,
+        repeats,
+        seed,
+        as_json,
+    )
 
 
 @bench_app.command("encoder")

@@ -103,14 +103,17 @@ def video_subject(
 
     Raises AttachError for what cannot be loaded.
     """
-    if name in _VIDEO:
-        model, weights = (
-            _random(AutoModelForImageTextToText, _VIDEO[name](), device, dtype),
-            "random",
-        )
-    else:
+    model, weights = random_video(name, device, dtype), "random"
+    if model is None:
         model, weights = load(name, device, dtype)[0], "real"
     return VideoSubject(name, weights, model, frames, decode)
+
+
+def random_video(name: str, device: str, dtype: torch.dtype) -> Any:
+    """A video LLM of a shape with random weights; None if no shape has this name."""
+    if name not in _VIDEO:
+        return None
+    return _random(AutoModelForImageTextToText, _VIDEO[name](), device, dtype)
 
 
 def action_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> ActionSubject:
