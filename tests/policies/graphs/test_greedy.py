@@ -21,6 +21,7 @@ from stream.pipeline import ReducedVideo, Reply, reduce_video
 from stream.registry import build_reducer
 
 from ..test_reasoner import FRAMES, family
+from .taped import TapedPool
 
 FAMILIES = ["llava_onevision", "qwen2_5_vl"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -176,6 +177,26 @@ def test_another_question_runs_the_same_programs() -> None:
     assert (len(pair.shapes), pair.programs) == (1, 2)
     cache.answer([" ".join(QUESTIONS * 4)], None)
     assert (len(pair.shapes), pair.programs) == (1, 3), "a longer text is a program of its own"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replayed_operators_do_without_python(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "GraphPool", TapedPool)
+    pair = Pair(family(name), method)
+    asked = [QUESTIONS[:1], QUESTIONS, QUESTIONS[1:2], QUESTIONS[::-1], QUESTIONS[2:]]
+    for questions in asked:
+        pair.same(questions)
+    assert sum(c._pool.captured for c in pair.shapes) == pair.programs > 1
+    if method == "holitom_outer":
+        caches = [reasoner.live_cache() for reasoner in (pair.stock, pair.fixed)]
+        for cache in caches:
+            cache.hold([pair.video])
+        for questions in asked:
+            expected, reply = (cache.answer(questions, None) for cache in caches)
+            same(reply, expected)
 
 
 def test_the_longest_unused_shape_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ import torch
 
 from policies.models import load
 from policies.reasoner import VideoReasoner
+from policies.vision import captured
 from policies.vision.captured import CapturedEncoder
 from stream.pipeline import EncodedVideo
 from stream.registry import build_reducer
 
+from ..graphs.taped import TapedPool
 from ..test_reasoner import FRAMES, family
 
 
@@ -51,6 +53,13 @@ def test_numbers_of_frames_that_come_again_are_a_program(method: str) -> None:
 def test_an_encoder_that_asks_the_device_back_stays_as_it_is() -> None:
     _, on = pair(family("qwen2_5_vl"), "holitom")
     assert on._encoder is None
+
+
+@pytest.mark.parametrize("method", ["holitom", "identity"])
+def test_replayed_operators_do_without_python(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    encoder = encoded_again_and_again(family("llava_onevision"), method, 1e-6)
+    assert encoder._pool.captured == 1
 
 
 @pytest.mark.gpu
