@@ -81,6 +81,7 @@ class OpenVLAPolicy(VLAPolicy):
         wanted = self.device.type == "cuda" if capture is None else capture
         self.captured = Captured(model) if wanted else None
         self._texts: dict[str, Tensor] = {}
+        self._places_of: dict[tuple[str, ...], Tensor] = {}
 
         def constant(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.device)
@@ -248,7 +249,8 @@ class OpenVLAPolicy(VLAPolicy):
         if steps not in (None, *self._spec.steps):
             raise ConfigError(f"steps is {steps}; {self._spec.name} decodes in one pass.")
         held = self._shared(prefixes)
-        state = torch.from_numpy(np.stack([o.state for o in observations])).to(self.device)
+        state = torch.from_numpy(np.stack([o.state for o in observations]))
+        state = state.to(self.device, non_blocking=True)
         state = (state - self._state_mean) / self._state_std if self._spec.state_size else state
         if self.captured and self._parts.fit and held.mask is None:
             actions, looked = self.captured.act(held, self._parts, state)
@@ -332,12 +334,16 @@ class OpenVLAPolicy(VLAPolicy):
             self._texts[instruction] = torch.tensor(ids, device=self.device)
         return self._texts[instruction]
 
-    def _places(self, cameras: Sequence[str]) -> Tensor:
-        """Where the tokens of these cameras stand among those of all cameras, long."""
-        per_camera = self._spec.grid.per_frame
-        first = [self._spec.cameras.index(camera) * per_camera for camera in cameras]
-        within = torch.arange(per_camera, device=self.device)
-        return (torch.tensor(first, device=self.device)[:, None] + within).flatten()
+    def _places(self, cameras: tuple[str, ...]) -> Tensor:
+        """Where the tokens of these cameras stand among those of all cameras, long; kept for the
+        next step."""
+        if cameras not in self._places_of:
+            per_camera = self._spec.grid.per_frame
+            first = [self._spec.cameras.index(camera) * per_camera for camera in cameras]
+            within = torch.arange(per_camera, device=self.device)
+            places = torch.tensor(first, device=self.device)[:, None] + within
+            self._places_of[cameras] = places.flatten()
+        return self._places_of[cameras]
 
     def _shared(self, prefixes: Sequence[Prefix]) -> Held:
         held: list[Held] = [prefix.cache for prefix in prefixes]

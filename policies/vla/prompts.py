@@ -40,6 +40,8 @@ class Prompts:
         ]
         place = torch.arange(places.numel() + text, device=places.device)
         gaps = torch.cat([places.new_zeros(1), 1 + places, 1 + everything + place[: text - 1]])
+        if not any(pads):
+            return cls(torch.stack(rows), gaps.expand(len(rows), -1), None, pads, text)
         pad = torch.tensor(pads, device=places.device)[:, None]
-        mask = place >= pad if any(pads) else None
-        return cls(torch.stack(rows), gaps[(place - pad).clamp_min(0)], mask, pads, text)
+        position = gaps[(place - pad).clamp_min(0)]
+        return cls(torch.stack(rows), position, place >= pad, pads, text)
