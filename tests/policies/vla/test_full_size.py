@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from policies.attach import attach
+from policies.vla.openvla import OpenVLAPolicy
+from policies.vla.openvla_model import OpenVLA, openvla_7b
+from policies.vla.tiny.modeling import make_tokenizer
+from stream.data import Budget, Observation
+from stream.memory import Memory
+from stream.reducers.vla_pruner import VLAPruner
 from tests.policies.vla import lerobot_models as models
 
 
@@ -56,3 +64,68 @@ def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
 def test_on_the_gpu(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     check(kind, "cuda", 20, capsys)
+
+
+TEXT = "put the red block into the drawer"
+CAMERAS = ["front", "wrist"]
+
+
+def steps_ms(one: OpenVLAPolicy, tokens: int, repeats: int) -> tuple[dict[str, float], np.ndarray]:
+    """Median milliseconds of each phase of a control step, warm, and the actions of the last."""
+    memory, rng = Memory(), np.random.default_rng(0)
+    px = one.model.config.image_px
+    images = {c: rng.integers(0, 256, (px, px, 3), dtype=np.uint8) for c in one.spec.cameras}
+    taken: dict[str, list[float]] = {"encode": [], "prefill": [], "act": []}
+
+    def timed(phase: str, call: Any) -> Any:
+        start = time.perf_counter()
+        result = call()
+        if one.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken[phase].append((time.perf_counter() - start) * 1e3)
+        return result
+
+    for step in range(repeats + 3):
+        seen = Observation(images, np.zeros(0, np.float32), TEXT, 0.1 * step)
+        scene = timed("encode", lambda seen=seen: one.encode(seen))
+        prefix = timed("prefill", lambda s=scene: one.prefill(s, Budget(tokens), memory))
+        chunk, attention = timed("act", lambda p=prefix, seen=seen: one.act(p, seen))
+        one.remember(prefix, attention, memory)
+    return {phase: statistics.median(ms[3:]) for phase, ms in taken.items()}, chunk.actions
+
+
+def check_openvla(model: OpenVLA, repeats: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control steps as they stand and in fixed shapes; prints the median times."""
+    tokenizer, pruner, n = make_tokenizer([TEXT]), VLAPruner(), model.visual_tokens
+    lines = [f"OpenVLA, {model.config.head}, random weights, {model.device}, n = {repeats}:"]
+    for tokens in (n, n // 4):
+        answers = []
+        for capture in (False, True):
+            one = OpenVLAPolicy(model, tokenizer, pruner, capture=capture)
+            times_ms, actions = steps_ms(one, tokens, repeats)
+            answers.append(actions)
+            told = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in times_ms.items())
+            lines.append(f"  {tokens} of {n} tokens, capture {capture}: {told}")
+            if one.captured is not None:
+                pool = one.captured.pool
+                assert pool.fallen_back == []
+                lines.append(f"    {pool.captured} graphs in {pool.warmup_s:.1f} s")
+        difference = np.abs(answers[0] - answers[1]).max()
+        lines.append(f"    actions in [-1, 1] differ by at most {difference:.4f}")
+        assert np.isfinite(answers).all()
+    with capsys.disabled():
+        print("", *lines, sep="\n")  # noqa: T201
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"head": "parallel", "chunk": 8}, {"head": "autoregressive"}])
+def test_openvla_on_the_gpu(shape: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = OpenVLA(openvla_7b(cameras=CAMERAS, **shape))
+    finally:
+        torch.set_default_dtype(default)
+    check_openvla(model, 20, capsys)
