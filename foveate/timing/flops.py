@@ -10,6 +10,7 @@ from typing import Any
 
 from .arms import Arm, AttachedArm
 from .flow import FlowSubject
+from .flow_arms import FlowFixedArm
 from .subjects import linear_weights
 
 
@@ -40,7 +41,9 @@ def request_flops(arm: Arm) -> dict[str, float]:
         question = [prompt.after - 1] * len(lengths)
         seen = [n - prompt.after + 1 for n in lengths]
         return {"question": decoder_flops(text, question, seen) + 2.0 * head, "tokens": tokens}
-    acted = {"denoise": subject.action_flops(lengths)} if isinstance(subject, FlowSubject) else {}
+    acted = {}
+    if isinstance(subject, FlowSubject):
+        acted = {"denoise": subject.action_flops(lengths, once=isinstance(arm, FlowFixedArm))}
     return acted | {
         "encode": subject.encode_flops(arm.tower_layers()),
         "score": score_flops(arm),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from stream.data import PatchGrid
 from .subjects import Prompt, StepSubject, linear_weights
 
 NOISE_SEED = 2
+EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,9 @@ class FlowSubject(StepSubject):
         with torch.device(self.device):
             width = int(text_model.config.hidden_size)
             projector = nn.Linear(vision.hidden_size * shuffle**2, width)
-            self._expert = _Expert(expert, text_model.config)
+            self.expert = _Expert(expert, text_model.config)
         self._projector = projector.to(self.dtype).eval()
-        self._expert.to(self.dtype).eval()
+        self.expert.to(self.dtype).eval()
         generator = torch.Generator().manual_seed(NOISE_SEED)
         noise = torch.randn(1, expert.chunk, expert.actions, generator=generator)
         self.noise = noise.to(self.device)
@@ -96,18 +97,23 @@ class FlowSubject(StepSubject):
         noise: float32 [b, chunk, a]; keys, values: of each layer of the prefix, [b, h, n, d], where
         n may differ from layer to layer. The actions stand behind the unpruned prefix.
         """
-        shape = self._expert.shape
-        first = self.prompt.before + self.grid.size + self.prompt.after
-        places = first + torch.arange(shape.chunk, device=noise.device)
-        rotary = self.text_model.rotary_emb(keys[0], places[None])
+        shape, rotary = self.expert.shape, self.rotary(keys[0])
         for step in range(shape.steps):
             time = torch.full((len(noise),), 1 - step / shape.steps, device=noise.device)
-            noise = noise - self._expert(noise, time, rotary, keys, values).float() / shape.steps
+            noise = noise - self.expert(noise, time, rotary, keys, values).float() / shape.steps
         return noise
 
-    def action_flops(self, seen: Sequence[int]) -> float:
-        """Operations of `actions`. seen: places of the prefix in each layer."""
-        return self._expert.flops(seen)
+    def rotary(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the actions' places, [1, chunk, head], of the type of a tensor."""
+        first = self.prompt.before + self.grid.size + self.prompt.after
+        places = first + torch.arange(self.expert.shape.chunk, device=like.device)
+        cos, sin = self.text_model.rotary_emb(like, places[None])
+        return cos, sin
+
+    def action_flops(self, seen: Sequence[int], once: bool = False) -> float:
+        """Operations of `actions`. seen: places of the prefix in each layer. once: of what no flow
+        step changes, the prefix is projected once and the rest known before."""
+        return self.expert.flops(seen, once)
 
     def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
         vision = self._tower.config
@@ -151,7 +157,7 @@ class _Expert(nn.Module):
         values: Sequence[Tensor],
     ) -> Tensor:
         x = self.enter(noisy.to(self.enter.weight.dtype))
-        when = _waves(time, self.shape.width).to(x.dtype)[:, None]
+        when = waves(time, self.shape.width).to(x.dtype)[:, None]
         if self.shape.modulated:
             when = F.silu(self.time(when))
         else:
@@ -161,20 +167,27 @@ class _Expert(nn.Module):
         velocity: Tensor = self.leave(self.norm(x, when)[0])
         return velocity
 
-    def flops(self, seen: Sequence[int]) -> float:
-        chunk, total = self.shape.chunk, 0.0
-        layers: Any = self.layers
+    def flops(self, seen: Sequence[int], once: bool) -> float:
+        shape, layers = self.shape, cast(Any, self.layers)
+        each = shared = modulation = 0.0
         for layer, places in zip(layers, seen, strict=True):
-            projections = linear_weights(layer.key) + linear_weights(layer.value)
             others = sum(map(linear_weights, (layer.query, layer.out, layer.mlp)))
-            projected, looked = (chunk, places + chunk) if layer.joint else (places, places)
-            total += 2.0 * (chunk * others + projected * projections)
-            total += 4.0 * layer.out.in_features * chunk * looked
-            total += 2.0 * sum(map(linear_weights, layer.norms))
-        ends = linear_weights(self.enter) + linear_weights(self.leave)
-        timed = 1 if self.shape.modulated else chunk
-        total += 2.0 * (chunk * ends + timed * linear_weights(self.time))
-        return float(self.shape.steps * (total + 2.0 * linear_weights(self.norm)))
+            projections = 2.0 * (linear_weights(layer.key) + linear_weights(layer.value))
+            looked = places + shape.chunk if layer.joint else places
+            each += 2.0 * shape.chunk * (others + 2.0 * layer.out.in_features * looked)
+            each += shape.chunk * projections if layer.joint else 0.0
+            shared += 0.0 if layer.joint else places * projections
+            modulation += 2.0 * sum(map(linear_weights, layer.norms))
+        modulation += 2.0 * linear_weights(self.norm)
+        each += 2.0 * shape.chunk * (linear_weights(self.enter) + linear_weights(self.leave))
+        time = 2.0 * linear_weights(self.time)
+        if shape.modulated:
+            modulation += time
+        else:
+            each += shape.chunk * time
+        if once:
+            return float(shape.steps * each + shared)
+        return float(shape.steps * (each + shared + modulation))
 
 
 class _ExpertLayer(nn.Module):
@@ -202,10 +215,7 @@ class _ExpertLayer(nn.Module):
             key, value = torch.cat([key, own], 2), torch.cat([value, added], 2)
         else:
             query, _ = apply_rotary_pos_emb(query, query, *rotary)
-            key, value = (
-                self._heads(project, held.transpose(1, 2).flatten(2))
-                for project, held in ((self.key, key), (self.value, value))
-            )
+            key, value = self.projected(key, value)
         b, _, rows, size = query.shape
         groups = query.reshape(b, key.shape[1], -1, size)
         seen = F.scaled_dot_product_attention(groups, key, value).reshape(b, -1, rows, size)
@@ -213,6 +223,11 @@ class _ExpertLayer(nn.Module):
         h, gate = self.norms[1](x, when)
         moved: Tensor = x + gate * self.mlp(h)
         return moved
+
+    def projected(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix's keys and values as a layer that is not joint sees them, [b, h, n, d]."""
+        key, value = (held.transpose(1, 2).flatten(2) for held in (key, value))
+        return self._heads(self.key, key), self._heads(self.value, value)
 
     def _heads(self, project: nn.Module, x: Tensor) -> Tensor:
         heads: Tensor = project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
@@ -240,14 +255,14 @@ class _Norm(nn.Module):
         self.modulation = nn.Linear(width, 3 * width) if modulated else None
 
     def forward(self, x: Tensor, when: Tensor) -> tuple[Tensor, Tensor | float]:
-        x = F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+        x = F.rms_norm(x, self.weight.shape, self.weight, eps=EPS)
         if self.modulation is None:
             return x, 1.0
         scale, shift, gate = self.modulation(when).chunk(3, -1)
         return x * (1 + scale) + shift, gate
 
 
-def _waves(time: Tensor, width: int) -> Tensor:
+def waves(time: Tensor, width: int) -> Tensor:
     """Sines and cosines of a time [b] at periods of 0.004 to 4: float32 [b, width]."""
     share = torch.linspace(0, 1, width // 2, device=time.device)
     angle = time[:, None] * 2 * math.pi / (0.004 * 1000**share)

@@ -12,6 +12,7 @@ from stream.reducers.base import Reducer
 from .arms import Arm, EagerArm, FixedArm
 from .clock import StageClock
 from .flow import FlowSubject
+from .flow_lean import LeanExpert
 from .subjects import Subject
 
 STAGES = (*Arm.first, "denoise")
@@ -32,7 +33,7 @@ class FlowEagerArm(EagerArm):
 
 
 class FlowFixedArm(FixedArm):
-    """All flow steps are one program over the constant cache."""
+    """All flow steps are one program over the constant cache, and the expert is a lean one."""
 
     subject: FlowSubject
     first: ClassVar[tuple[str, ...]] = STAGES
@@ -49,6 +50,7 @@ class FlowFixedArm(FixedArm):
         self._noise = subject.noise.expand(batch, -1, -1)
         text = self.bucket.before + self.bucket.after
         lengths = [n + text for n in self.layer_tokens]
+        lean = LeanExpert(subject)
 
         def denoise(noise: Tensor) -> tuple[Tensor]:
             cache = self.decoder.cache
@@ -56,7 +58,7 @@ class FlowFixedArm(FixedArm):
                 [held[:, :, :n] for held, n in zip(buffers, lengths, strict=True)]
                 for buffers in (cache.keys, cache.values)
             )
-            return (subject.actions(noise, keys, values),)
+            return (lean(noise, keys, values),)
 
         self._denoise = Program(pool, f"The flow steps of {subject.name}", denoise)
 

@@ -76,7 +76,7 @@ class LeanLayer:
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._project = one_product([own.q_proj, own.k_proj, own.v_proj])
         self._widen = one_product([mlp.gate_proj, mlp.up_proj])
-        fused = _compiled() if layer.input_layernorm.weight.is_cuda else None
+        fused = compiled() if layer.input_layernorm.weight.is_cuda else None
         self._rotate = fused.rotate if fused else rotate
         self._add_norm = fused.add_norm if fused else add_norm
         self._gate = fused.silu_gate if fused and type(mlp.act_fn) is _SILU else self._gated
@@ -173,7 +173,7 @@ def one_axis(table: Tensor, axes: list[int]) -> Tensor:
 
 
 @cache
-def _compiled() -> ModuleType | None:
+def compiled() -> ModuleType | None:
     """`layer_cuda`, once it has run."""
 
     def run() -> ModuleType:

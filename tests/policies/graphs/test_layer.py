@@ -180,7 +180,7 @@ def test_a_gpu_says_what_a_cpu_says(family: str) -> None:
     model = text_model(family)
     exact = passes(model, model.layers[0], family, 2)
     model.to("cuda", torch.bfloat16)
-    assert layer._compiled() is not None
+    assert layer.compiled() is not None
     stock = passes(model, model.layers[0], family, 2)
     lean = passes(model, layer.lean(model.layers[0]), family, 2)
     for got, usual, want in zip(lean, stock, exact, strict=True):
