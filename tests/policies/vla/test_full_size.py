@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from policies.attach import attach
+from policies.vla.base import VLAPolicy
+from policies.vla.flow_policy import FlowPolicy
 from policies.vla.openvla import OpenVLAPolicy
 from policies.vla.openvla_model import OpenVLA, openvla_7b
 from policies.vla.tiny.modeling import make_tokenizer
@@ -70,10 +73,11 @@ TEXT = "put the red block into the drawer"
 CAMERAS = ["front", "wrist"]
 
 
-def steps_ms(one: OpenVLAPolicy, tokens: int, repeats: int) -> tuple[dict[str, float], np.ndarray]:
+def steps_ms(
+    one: VLAPolicy, px: int, tokens: int, repeats: int
+) -> tuple[dict[str, float], np.ndarray]:
     """Median milliseconds of each phase of a control step, warm, and the actions of the last."""
     memory, rng = Memory(), np.random.default_rng(0)
-    px = one.model.config.image_px
     images = {c: rng.integers(0, 256, (px, px, 3), dtype=np.uint8) for c in one.spec.cameras}
     taken: dict[str, list[float]] = {"encode": [], "prefill": [], "act": []}
 
@@ -86,7 +90,7 @@ def steps_ms(one: OpenVLAPolicy, tokens: int, repeats: int) -> tuple[dict[str, f
         return result
 
     for step in range(repeats + 3):
-        seen = Observation(images, np.zeros(0, np.float32), TEXT, 0.1 * step)
+        seen = Observation(images, np.zeros(one.spec.state_size, np.float32), TEXT, 0.1 * step)
         scene = timed("encode", lambda seen=seen: one.encode(seen))
         prefix = timed("prefill", lambda s=scene: one.prefill(s, Budget(tokens), memory))
         chunk, attention = timed("act", lambda p=prefix, seen=seen: one.act(p, seen))
@@ -94,15 +98,25 @@ def steps_ms(one: OpenVLAPolicy, tokens: int, repeats: int) -> tuple[dict[str, f
     return {phase: statistics.median(ms[3:]) for phase, ms in taken.items()}, chunk.actions
 
 
-def check_openvla(model: OpenVLA, repeats: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Control steps as they stand and in fixed shapes; prints the median times."""
-    tokenizer, pruner, n = make_tokenizer([TEXT]), VLAPruner(), model.visual_tokens
-    lines = [f"OpenVLA, {model.config.head}, random weights, {model.device}, n = {repeats}:"]
+def check_captured(
+    name: str,
+    build: Callable[[bool], OpenVLAPolicy | FlowPolicy],
+    px: int,
+    repeats: int,
+    capsys: pytest.CaptureFixture[str],
+) -> float:
+    """Control steps as they stand and in fixed shapes; prints the median times, and returns by how
+    much the actions differ at most.
+
+    build: the policy, captured or not. px: side of its pictures.
+    """
+    lines, largest = [f"{name}, random weights, n = {repeats}:"], 0.0
+    n = build(False).spec.grid.size
     for tokens in (n, n // 4):
         answers = []
         for capture in (False, True):
-            one = OpenVLAPolicy(model, tokenizer, pruner, capture=capture)
-            times_ms, actions = steps_ms(one, tokens, repeats)
+            one = build(capture)
+            times_ms, actions = steps_ms(one, px, tokens, repeats)
             answers.append(actions)
             told = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in times_ms.items())
             lines.append(f"  {tokens} of {n} tokens, capture {capture}: {told}")
@@ -110,11 +124,13 @@ def check_openvla(model: OpenVLA, repeats: int, capsys: pytest.CaptureFixture[st
                 pool = one.captured.pool
                 assert pool.fallen_back == []
                 lines.append(f"    {pool.captured} graphs in {pool.warmup_s:.1f} s")
-        difference = np.abs(answers[0] - answers[1]).max()
-        lines.append(f"    actions in [-1, 1] differ by at most {difference:.4f}")
+        difference = float(np.abs(answers[0] - answers[1]).max())
+        lines.append(f"    actions differ by at most {difference:.4f}")
         assert np.isfinite(answers).all()
+        largest = max(largest, difference)
     with capsys.disabled():
         print("", *lines, sep="\n")  # noqa: T201
+    return largest
 
 
 @pytest.mark.gpu
@@ -128,4 +144,24 @@ def test_openvla_on_the_gpu(shape: dict[str, Any], capsys: pytest.CaptureFixture
             model = OpenVLA(openvla_7b(cameras=CAMERAS, **shape))
     finally:
         torch.set_default_dtype(default)
-    check_openvla(model, 20, capsys)
+    tokenizer = make_tokenizer([TEXT])
+
+    def build(capture: bool) -> OpenVLAPolicy:
+        return OpenVLAPolicy(model, tokenizer, VLAPruner(), capture=capture)
+
+    name = f"OpenVLA, {model.config.head}, {model.device}"
+    check_captured(name, build, model.config.image_px, 20, capsys)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
+def test_flow_policies_on_the_gpu(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.device("cuda"):
+        policy = models.full_size(kind, "cuda")
+    parts = policy, *models.processors(policy)
+
+    def build(capture: bool) -> FlowPolicy:
+        return FlowPolicy(*parts, VLAPruner(), capture=capture)
+
+    assert check_captured(f"{kind}, cuda", build, 224, 20, capsys) < 0.05
