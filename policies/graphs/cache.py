@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,17 +30,30 @@ class StaticCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def buffers() -> list[Tensor]:
-            shapes = [(batch, heads, capacity, head_size) for capacity in capacities]
-            return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-
-        self.keys, self.values = buffers(), buffers()
+        runs = [(capacity, len(list(run))) for capacity, run in groupby(capacities)]
+        self._blocks = [
+            torch.zeros(2, layers, batch, heads, capacity, head_size, dtype=dtype, device=device)
+            for capacity, layers in runs
+        ]
+        self.keys: list[Tensor] = [keys for block in self._blocks for keys in block[0]]
+        self.values: list[Tensor] = [values for block in self._blocks for values in block[1]]
         self._places: Sequence[Tensor] | None = None
         self._widths: Sequence[int] = ()
 
     @property
     def bytes(self) -> int:
         return 2 * sum(k.numel() * k.element_size() for k in self.keys)
+
+    def first(self, layers: range, n: int) -> Tensor:
+        """Keys and values of the first n places of layers of one capacity, a view
+        [2, layers, b, heads, n, d]."""
+        begins = 0
+        for block in self._blocks:
+            at = layers.start - begins
+            if at < block.shape[1]:
+                break
+            begins += block.shape[1]
+        return block[:, at : at + len(layers), :, :, :n]
 
     def begin(self) -> None:
         """The next tokens are the first ones."""

@@ -33,16 +33,17 @@ KEPT = 32
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Prefilled:
-    """The prefixes of one prefill. They lie in the decoder's own buffers, and move to `cache` when
+    """The prefixes of one prefill. They lie in the decoder's own buffers, and move out when
     something else takes their place there while somebody still holds them.
 
     lengths: tokens that each layer holds. position: long [b, 1], of the first token behind.
+    outside: keys and values of each section, once they moved.
     """
 
     decoder: StagedDecoder
     lengths: tuple[int, ...]
     position: Tensor
-    cache: DynamicCache | None = None
+    outside: list[Tensor] | None = None
 
 
 class StagedDecoder(Continuation):
@@ -102,11 +103,8 @@ class StagedDecoder(Continuation):
             x, *seen = program(x, here, state.queries.prompt, state.queries.text)
             state.signals[section.stop] = dict(zip(wanted, seen, strict=True))
             lengths += [x.shape[1] - (n - length)] * len(section.layers)
-            self._held[i].fill_(lengths[-1])
-        self._position.copy_(position[:, length - 1 : length] + 1)
-        self.mark()
-        made = Prefilled(self, tuple(lengths), self._position.clone())
-        self._inside = ref(made)
+        made = Prefilled(self, tuple(lengths), position[:, length - 1 : length] + 1)
+        self._stand_behind(made)
         return made, state
 
     def forget(self) -> None:
@@ -116,9 +114,11 @@ class StagedDecoder(Continuation):
     def resume(self, prefilled: Prefilled) -> None:
         """Go on from what this decoder prefilled, now or earlier; `looked` begins anew."""
         if self._inside is None or self._inside() is not prefilled:
-            assert prefilled.cache is not None
-            self.adopt(prefilled.cache, prefilled.position)
-            self._inside = ref(prefilled)
+            self._make_room()
+            assert prefilled.outside is not None
+            for own, moved in zip(self._buffers(prefilled), prefilled.outside, strict=True):
+                own.copy_(moved)
+            self._stand_behind(prefilled)
         self.rewind()
         self.looked.zero_()
 
@@ -130,11 +130,21 @@ class StagedDecoder(Continuation):
         """Let what lies in the buffers move out, if somebody may still go on from it."""
         held = None if self._inside is None else self._inside()
         self._inside = None
-        if held is not None and held.cache is None:
-            held.cache = DynamicCache()
-            buffers = zip(self.cache.keys, self.cache.values, held.lengths, strict=True)
-            for layer, (keys, values, n) in enumerate(buffers):
-                held.cache.update(keys[:, :, :n], values[:, :, :n], layer)
+        if held is not None and held.outside is None:
+            held.outside = [own.clone() for own in self._buffers(held)]
+
+    def _buffers(self, prefilled: Prefilled) -> list[Tensor]:
+        """Where its keys and values are, or were, section by section."""
+        lengths = prefilled.lengths
+        return [self.cache.first(s.layers, lengths[s.first]) for s in self.sections]
+
+    def _stand_behind(self, prefilled: Prefilled) -> None:
+        """The buffers hold it now."""
+        for held, section in zip(self._held, self.sections, strict=True):
+            held.fill_(prefilled.lengths[section.first])
+        self._position.copy_(prefilled.position)
+        self.mark()
+        self._inside = ref(prefilled)
 
     def _section_program(
         self, index: int, length: int, wanted: tuple[Signal, ...], tail: int

@@ -104,7 +104,7 @@ def test_a_prefix_moves_out_where_another_comes_while_it_is_held() -> None:
     alone, looked = [], []
     for each in x:
         made, _ = prefilled(one, stages, spans([Memory()], 0.0), each)
-        assert made.cache is None
+        assert made.outside is None
         alone.append(said(made))
         assert torch.equal(said(made), alone[-1])
         looked.append(one.looked.clone())
@@ -113,11 +113,15 @@ def test_a_prefix_moves_out_where_another_comes_while_it_is_held() -> None:
     for each, expected in zip(x, alone, strict=True):
         held.append(prefilled(one, stages, spans([Memory()], 0.0), each)[0])
         assert torch.equal(said(held[-1]), expected)
-    assert [made.cache is None for made in held] == [False, False, True]
+    assert [made.outside is None for made in held] == [False, False, True]
     for i in (0, 2, 2, 1, 0):
         assert torch.equal(said(held[i]), alone[i])
         assert torch.equal(one.looked, looked[i])
-    one.adopt(held[1].cache, held[1].position)  # type: ignore[arg-type]
+    assert held[1].outside is not None
+    cache, layers = DynamicCache(), [x for kept in held[1].outside for x in kept.unbind(1)]
+    for i, (keys, values) in enumerate(layers):
+        cache.update(keys, values, i)
+    one.adopt(cache, held[1].position)
     assert torch.equal(one.extend(widths, behind, torch.tensor([4])), alone[1])
     assert torch.equal(said(held[2]), alone[2])
 
