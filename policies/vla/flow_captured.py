@@ -50,7 +50,7 @@ class Captured:
         """like: of n pictures, their masks and words."""
 
         def work(*given: Tensor) -> tuple[Tensor, ...]:
-            with self._family.unasked():
+            with self._family.capturable():
                 return self._family.embed(given[:n], given[n : 2 * n], *given[2 * n :])
 
         return Program(self.pool, f"The eyes of {type(self._family.policy).__name__}", work)
@@ -168,7 +168,7 @@ class _Step:
         for layer, key, value in zip(layers, self._keys, self._values, strict=True):
             layer.keys, layer.values = key, value
         steps = FlowSteps(self.looked.shape[1], self._alive, self.looked)
-        with self._pruning as pruning:
+        with self._pruning as pruning, self._family.capturable():
             pruning.steps = steps
             velocity = self._family.velocity(noisy, time, self._padding, self._cache, *self._beside)
         self.looks = steps.looks

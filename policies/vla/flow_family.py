@@ -148,8 +148,9 @@ class FlowFamily(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix embeddings [b, n, d], padding mask and block mask, bool [b, n]."""
 
-    def unasked(self) -> AbstractContextManager[Any]:
-        """While open, `embed` asks for no value of a tensor once it has seen pictures of a size."""
+    def capturable(self) -> AbstractContextManager[Any]:
+        """While open, the policy's own code runs as a graph should: once it has seen pictures of a
+        size it asks for no value of a tensor, and it copies nothing that stays as it is."""
         return nullcontext()
 
     @abstractmethod

@@ -5,15 +5,17 @@ The flow steps work on a clone of the prefix's cache, so nothing leaks from one 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..probes import Attention
-from .flow import FlowPruning
+from .flow import FlowPruning, bound
 from .flow_family import FlowFamily
 
 
@@ -70,6 +72,13 @@ class PiFamily(FlowFamily):
                     stack.callback(block.self_attn.register_forward_hook(look).remove)
             yield
 
+    @contextmanager
+    def capturable(self) -> Iterator[None]:
+        """Each flow step begins with a copy of the cache, whose tensors no layer writes to."""
+        modeling = sys.modules[type(self.model).__module__]
+        with bound(modeling, "clone_past_key_values", lambda clone: _of_the_same_tensors):
+            yield
+
     def words(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 
@@ -118,6 +127,12 @@ class PiFamily(FlowFamily):
             use_cache=True,
         )
         return cache
+
+
+def _of_the_same_tensors(cache: Any) -> Any:
+    twin = copy(cache)
+    twin.layers = [copy(layer) for layer in cache.layers]
+    return twin
 
 
 def _prefix_hook(pruning: FlowPruning, layer: int) -> Any:

@@ -153,7 +153,7 @@ class Family(FlowFamily):
         return embeds, padding, blocks
 
     @contextmanager
-    def unasked(self) -> Iterator[None]:
+    def capturable(self) -> Iterator[None]:
         """The tower selects its position embeddings by a mask of patches; here all count."""
         tower = self._vlm.vision_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +163,26 @@ def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.Mo
         assert torch.equal(mine[1], theirs[1])
     assert fixed.captured is not None
     assert fixed.captured.pool.captured == EYE + SECTIONS + STEPS
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_captured_flow_steps_do_not_copy_the_cache(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = BUILDERS[kind]()
+    modeling, copies = sys.modules[type(policy.model).__module__], []
+    clone: Any = vars(modeling)["clone_past_key_values"]
+
+    def counted(cache: Any) -> Any:
+        copies.append(cache)
+        return clone(cache)
+
+    monkeypatch.setattr(modeling, "clone_past_key_values", counted)
+    fixed, stock = both((policy, *models.processors(policy)))
+    acted(fixed, observed(), N)
+    assert copies == []
+    acted(stock, observed(), N)
+    assert len(copies) == models.STEPS
 
 
 # --- few graphs
