@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,10 @@ class Family(FlowFamily):
             raise AttachError("SmolVLA was configured with use_cache=False; pruning needs it True.")
         self._towers: Any = self.model.vlm_with_expert
         self._vlm: Any = self._towers.get_vlm_model()
+        self._marks = {
+            name: getattr(self.model, name).to(self._vlm.device)
+            for name in ("global_image_start_token", "image_end_token")
+        }
         self._places: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     @property
@@ -154,7 +159,8 @@ class Family(FlowFamily):
 
     @contextmanager
     def capturable(self) -> Iterator[None]:
-        """The tower selects its position embeddings by a mask of patches; here all count."""
+        """The tower selects its position embeddings by a mask of patches, of which here all count;
+        and the marks around pictures come from the host each time."""
         tower = self._vlm.vision_model
 
         def seen(run: Any) -> Any:
@@ -168,7 +174,10 @@ class Family(FlowFamily):
 
             return forward
 
-        with bound(tower, "forward", seen):
+        with ExitStack() as stack:
+            stack.enter_context(bound(tower, "forward", seen))
+            for name, mark in self._marks.items():
+                stack.enter_context(bound(self.model, name, partial(_instead, mark)))
             yield
 
     def _patch_places(self, pixels: Tensor) -> Tensor:
@@ -238,6 +247,10 @@ class Family(FlowFamily):
             encoded: Tensor = self.policy._pi_aloha_encode_actions(actions)
             return encoded
         return actions
+
+
+def _instead(near: Tensor, far: Tensor) -> Tensor:
+    return near
 
 
 def _received(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -112,6 +112,20 @@ def test_a_prefix_of_two_precisions_is_the_same_bits() -> None:
     assert torch.equal(mine[1], theirs[1])
 
 
+def test_pictures_between_marks_are_the_same_bits_and_the_marks_stay_on_the_device() -> None:
+    policy = BUILDERS["smolvla"](add_image_special_tokens=True)
+    fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
+    mark, observation = policy.model.image_end_token, observed(cameras=("left", "right"))
+    mine, theirs = (acted(one, observation, 9) for one in (fixed, stock))
+    assert np.array_equal(mine[0], theirs[0])
+    assert torch.equal(mine[1], theirs[1])
+    family: Any = fixed._family
+    near = family._marks["image_end_token"] = mark.clone()
+    with family.capturable():
+        assert policy.model.image_end_token is near
+    assert policy.model.image_end_token is mark
+
+
 def test_every_reducer_that_fits_is_the_same_bits(parts: Any) -> None:
     ran = 0
     for name in reducer_names():
