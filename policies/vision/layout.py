@@ -19,13 +19,13 @@ from stream.ops.grids import pool_features
 
 def lay_out_patches(tower: Any) -> RemovableHandle:
     """Have a tower keep the channels of a patch side by side until the handle is removed."""
-
-    def contiguous(module: Any, given: Any, embedded: Tensor) -> Tensor:
-        return embedded.contiguous()
-
     embeddings = getattr(tower, "vision_model", tower).embeddings
-    handle: RemovableHandle = embeddings.register_forward_hook(contiguous)
+    handle: RemovableHandle = embeddings.register_forward_hook(_contiguous)
     return handle
+
+
+def _contiguous(module: Any, given: Any, embedded: Tensor) -> Tensor:
+    return embedded.contiguous()
 
 
 @contextmanager

@@ -158,13 +158,13 @@ def reduce_batch(
 ) -> list[Plan]:
     """Run one stage for several streams: count, declared signals only, identity when all fit.
 
-    Streams with as many tokens and as large budgets go through the reducer together.
+    Streams of one grid with as many tokens and as large budgets go through the reducer together.
     """
-    kinds = {(t.n, budget) for t, budget in zip(tokens, budgets, strict=True)}
+    kinds = {(t.grid, t.n, budget) for t, budget in zip(tokens, budgets, strict=True)}
     if len(kinds) != 1:
         each = zip(tokens, signals, budgets, memories, strict=True)
         return [reduce_stage(reducer, *one) for one in each]
-    ((n, budget),) = kinds
+    ((_, n, budget),) = kinds
     k = reducer.keeps(n, budget)
     if k >= n:
         return [Plan.identity(n, t.x.device) for t in tokens]

@@ -528,6 +528,20 @@ def test_a_batch_decides_as_each_alone(
         assert torch.equal(plan.anchor, alone.anchor)
 
 
+def test_a_batch_of_several_grids_decides_as_each_alone() -> None:
+    method = VLAPruner(semantic="last")
+    streams = [
+        (*scene(i, grid, torch.arange(grid.size), 0.0), episode())
+        for i, grid in enumerate((PatchGrid(2, 4, 6), PatchGrid(4, 4, 3), PatchGrid(1, 6, 8)))
+    ]
+    tokens, signals, memories = map(list, zip(*streams, strict=True))
+    together = reduce_batch(method, tokens, signals, [Budget(9)] * 3, memories)
+    for plan, (video, known, memory) in zip(together, streams, strict=True):
+        assert torch.equal(
+            plan.anchor, reduce_stage(method, video, known, Budget(9), memory).anchor
+        )
+
+
 def test_a_newer_epoch_forgets_values_and_ages() -> None:
     memory = episode(0)
     remember(memory, torch.ones(64), torch.arange(64), GRID, time_s=50.0, epoch=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,14 @@ def test_fused_encoders_and_a_picture_of_another_size() -> None:
     seen = Observation(images, np.zeros(0, np.float32), TEXTS[0], 0.0)
     assert run(one, seen, WHOLE, Memory()).shape == (3, 2)
     assert one.model.projector[0].in_features == 16 + 24
+
+
+def test_a_network_can_be_copied_to_another_process() -> None:
+    model = network("parallel")
+    copy = pickle.loads(pickle.dumps(model))
+    images = torch.zeros(1, model.config.image_px, model.config.image_px, 3)
+    first = torch.zeros(1, dtype=torch.long)
+    assert torch.equal(copy.see(images, first), model.see(images, first))
 
 
 def test_the_7b_shapes_are_openvlas() -> None:
