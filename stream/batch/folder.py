@@ -42,20 +42,22 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note the settings of a new run; refuse to go on with others than it was begun with."""
+    """Note the settings of a new run; refuse to go on with others than it was begun with.
+
+    A setting that an earlier version did not know is noted now.
+    """
     path = folder / "settings.json"
     now = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_whole(path, json.dumps(now, indent=2) + "\n")
-        return
-    then = json.loads(path.read_text())
-    changed = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k)]
+    then = json.loads(path.read_text()) if path.exists() else {}
+    changed = [k for k in sorted(then) if then[k] != now.get(k)]
     if changed:
         lines = "; ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed)
         raise ConfigError(
             f"{folder} holds a run with other settings ({lines}). "
             "Give the same settings to go on with it, or another folder."
         )
+    if then.keys() != now.keys():
+        write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def pending(

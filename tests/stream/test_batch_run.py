@@ -144,6 +144,15 @@ def test_other_settings_and_a_second_writer_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_is_held_to_what_is_new(tmp_path: Path) -> None:
+    claim(tmp_path, {"retain": 0.1, "frames": 2})
+    claim(tmp_path, {"retain": 0.1, "frames": 2, "capture": "auto"})
+    with pytest.raises(ConfigError, match="capture was 'auto', now 'off'"):
+        claim(tmp_path, {"retain": 0.1, "frames": 2, "capture": "off"})
+    with pytest.raises(ConfigError, match="frames was 2, now None"):
+        claim(tmp_path, {"retain": 0.1, "capture": "auto"})
+
+
 @pytest.mark.parametrize(
     ("answer", "choice"),
     [
