@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from ..settings import AskConfig
 from ..show import err, out, print_json, table
@@ -16,8 +16,8 @@ QUESTIONS = 6
 def demo(folder: Path, runner: str, as_json: bool) -> None:
     """Ask a sample a few things and write a picture of where its tokens went.
 
-    HoliTom runs over Ray actors unless told otherwise; the rows to compare with run in this
-    process.
+    runner: how HoliTom answers. What the methods cost is taken in this process, one after the
+    other and once it is warm.
     """
     from policies.models import in_the_box
     from policies.video.tiny import dataset
@@ -31,12 +31,19 @@ def demo(folder: Path, runner: str, as_json: bool) -> None:
     picture = folder / f"{video.stem}.png"
     answers: dict[str, list[str]] = {}
     costs: list[dict[str, Any]] = []
+    err.print(f"{video.name}: warming up")
+    run(str(video), questions, AskConfig(runner="inline"))
     for method, retain in SHARES:
-        how = cast(Literal["ray", "inline"], runner if method == "holitom" else "inline")
-        err.print(f"{video.name}: {method} with {retain:.0%} of the tokens ({how})")
-        config = AskConfig(reducer=method, retain=retain, runner=how)
+        err.print(f"{video.name}: {method} with {retain:.0%} of the tokens")
+        config = AskConfig(reducer=method, retain=retain, runner="inline")
         result = run(str(video), questions, config)
-        answers[method] = [a.text for a in result.reply.answers]
+        said = result
+        if method == "holitom":
+            if runner == "ray":
+                err.print("... and over Ray actors, as `foveate ask` does")
+                said = run(str(video), questions, config.model_copy(update={"runner": "ray"}))
+            draw_overlay(picture, said, config)
+        answers[method] = [a.text for a in said.reply.answers]
         timings = result.step.timings_ms
         costs.append(
             {
@@ -48,8 +55,6 @@ def demo(folder: Path, runner: str, as_json: bool) -> None:
                 f"prefill ms, {len(truth)} questions": round(timings["prefill"]),
             }
         )
-        if method == "holitom":
-            draw_overlay(picture, result, config)
     if as_json:
         print_json(
             {
