@@ -56,7 +56,8 @@ class VideoReasoner:
     positions: `keep` lets a token stand where its anchor stood; `renumber` closes the gaps.
     encoder: how the vision tower runs, see `policies.vision.lean`. capture: see `Capture`.
 
-    For one thread at a time: an answer that begins while another one is under way is refused.
+    For one thread at a time: an answer that begins while another one is under way is refused, and
+    an encoding while another one is replayed.
     """
 
     def __init__(

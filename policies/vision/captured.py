@@ -11,6 +11,7 @@ from stream.data import PatchGrid
 from stream.signals import Signal
 
 from ..adapter import VideoAdapter
+from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 
 KEPT = 8
@@ -20,12 +21,13 @@ KEPT = 8
 class CapturedEncoder:
     """`VideoAdapter.encoded`, captured on CUDA from the second time on that a shape comes.
 
-    Takes about three passes to capture. For one thread at a time.
+    Takes about three passes to capture. A call that overlaps another is refused with AttachError.
     """
 
     def __init__(self, adapter: VideoAdapter, saliency: bool) -> None:
         self._adapter, self._saliency = adapter, saliency
         self._pool = GraphPool(adapter.model.device)
+        self._alone = Alone(f"The encoder of {type(adapter.model).__name__}")
         self._grids: dict[tuple[int, ...], PatchGrid] = {}
         self._program = lru_cache(KEPT)(self._program_of)
 
@@ -38,7 +40,8 @@ class CapturedEncoder:
             x, grid, signals = self._adapter.encoded({name: values}, self._saliency)
             self._grids[shape] = grid
             return x, grid, signals
-        x, *scores = (made.clone() for made in self._program(name, shape)(values))
+        with self._alone:
+            x, *scores = (made.clone() for made in self._program(name, shape)(values))
         wanted = [Signal.SALIENCY] if self._saliency else []
         return x, self._grids[shape], dict(zip(wanted, scores, strict=True))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stream.reducers.base import Reducer
 
+from ..graphs.alone import Alone
 from ..graphs.buckets import Section, sections
 from ..graphs.capture import GraphPool, Program
 from ..graphs.staged import Prefilled, StagedDecoder
@@ -72,12 +73,13 @@ class Held:
 class Captured:
     """Passes of one network in fixed shapes; policies that share the network share them.
 
-    The first pass of a shape captures it, which takes about three passes. Calls from several
-    threads must not overlap.
+    The first pass of a shape captures it, which takes about three passes. A call that overlaps
+    another, of any of these policies, is refused with AttachError.
     """
 
     def __init__(self, model: OpenVLA) -> None:
         self.pool = GraphPool(model.device)
+        self._alone = Alone(type(model).__name__)
         self._model = model
         self._passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
         self._first = model.state_rows + len(model.queries.weight)
@@ -87,9 +89,10 @@ class Captured:
     def look(self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor) -> Any:
         """As `OpenVLA.look`."""
         ids = F.pad(ids, (0, -ids.shape[1] % TEXT_STEP))
-        program = self.encoder(images.shape, images.dtype, ids.shape[1])
-        tokens, relevance = program(images, camera, ids, length)
-        return tokens.clone(), relevance.clone()
+        with self._alone:
+            program = self.encoder(images.shape, images.dtype, ids.shape[1])
+            tokens, relevance = program(images, camera, ids, length)
+            return tokens.clone(), relevance.clone()
 
     def prefill(
         self,
@@ -105,14 +108,15 @@ class Captured:
         position, text = prompts.position, prompts.text
         length, padding = position.shape[1], -text % TEXT_STEP
         more = torch.arange(1, padding + 1, device=position.device)
-        return self._decoder(len(position), parts, text).prefill(
-            reducer.stages,
-            [[span] for span in spans],
-            F.pad(prompts.rows, (0, 0, 0, padding)),
-            torch.cat([position, position[:, -1:] + more], dim=1),
-            length,
-            text_from=length - text + 1,
-        )
+        with self._alone:
+            return self._decoder(len(position), parts, text).prefill(
+                reducer.stages,
+                [[span] for span in spans],
+                F.pad(prompts.rows, (0, 0, 0, padding)),
+                torch.cat([position, position[:, -1:] + more], dim=1),
+                length,
+                text_from=length - text + 1,
+            )
 
     def act(self, held: Held, parts: Parts, state: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised actions float32 [b, chunk, a], and what they looked at.
@@ -120,6 +124,10 @@ class Captured:
         state: normalised [b, s]. The attention is float32 [b, places], what each place of the
         sequence receives in the watched layers, mean over heads, action rows and layers.
         """
+        with self._alone:
+            return self._act(held, parts, state)
+
+    def _act(self, held: Held, parts: Parts, state: Tensor) -> tuple[Tensor, Tensor]:
         model, batch = self._model, len(state)
         if isinstance(held.cache, Prefilled):
             behind = held.cache.decoder

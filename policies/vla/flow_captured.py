@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
 from .flow import FlowPruning, FlowSteps, Inference, Request
@@ -26,12 +27,13 @@ Like = tuple[tuple[torch.Size, torch.dtype], ...]
 class Captured:
     """Parts of a policy, under its pruning, in fixed shapes; what runs is lerobot's own code.
 
-    The first call of a shape captures it, which takes about three calls. Calls from several threads
-    must not overlap.
+    The first call of a shape captures it, which takes about three calls. A call that overlaps
+    another is refused with AttachError.
     """
 
     def __init__(self, family: FlowFamily, pruning: FlowPruning, device: torch.device) -> None:
         self.pool = GraphPool(device)
+        self._alone = Alone(type(family.policy).__name__)
         self._family, self._pruning, self._constants = family, pruning, Constants()
         self.eye = lru_cache(KEPT)(self._eye)
         self.section = lru_cache(KEPT)(self._section)
@@ -42,9 +44,9 @@ class Captured:
     ) -> tuple[Tensor, ...]:
         """As `FlowFamily.embed`."""
         given = (*pictures, *masks, *words)
-        with self._constants:
+        with self._alone, self._constants:
             made = self.eye(len(pictures), _like(given))(*given)
-        return tuple(part.clone() for part in made)
+            return tuple(part.clone() for part in made)
 
     def _eye(self, n: int, like: Like) -> Program:
         """like: of n pictures, their masks and words."""
@@ -62,9 +64,13 @@ class Captured:
 
         Between the stages layers are replayed; a stage itself needs its episode's memory.
         """
+        with self._alone:
+            return self._prefill(request, embeds, padding, blocks)
+
+    def _prefill(self, request: Request, *prefix: Tensor) -> tuple[Any, Inference]:
         pruning, cache = self._pruning, DynamicCache()
         pruning.check()
-        hidden, positions, mask = self._family.entering(embeds, padding, blocks)
+        hidden, positions, mask = self._family.entering(*prefix)
         pruning.expect(request)
         try:
             for first, stop in pruning.sections:
@@ -117,11 +123,11 @@ class Captured:
         layout = tuple(numbers[None if kept is None else id(kept)] for kept in places)
         held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         given = (steps.looked, padding, *sets.values(), *held, *beside)
-        step = self.step(layout, _like(given))
-        step.begin(given)
-        with self._constants:
+        with self._alone, self._constants:
+            step = self.step(layout, _like(given))
+            step.begin(given)
             actions: Tensor = euler_integrate(step, noise, count)
-        steps.looked, steps.looks = step.looked.clone(), step.looks * count
+            steps.looked, steps.looks = step.looked.clone(), step.looks * count
         return actions
 
 

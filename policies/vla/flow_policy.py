@@ -59,6 +59,9 @@ class FlowPolicy(VLAPolicy):
     lerobot's checkpoints do not tell. capture: run in fixed shapes, which a GPU replays as
     captured graphs; None = on CUDA.
 
+    For one thread at a time: a call that overlaps another is refused with AttachError where it
+    would mix into it.
+
     SmolVLA and pi05 put the state into the prefix: acted from an old prefix, they go by its state;
     pi0 goes by the newer one.
     """

@@ -47,6 +47,9 @@ class OpenVLAPolicy(VLAPolicy):
 
     tokenizer: of transformers; it puts BOS first.
     capture: run in fixed shapes, which a GPU replays as captured graphs; None = on CUDA.
+
+    For one thread at a time, over all policies that share a network: a call that overlaps another
+    is refused with AttachError where it would mix into it.
     """
 
     def __init__(

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from policies.adapter import VideoAdapter
 from policies.models import load
 from policies.reasoner import VideoReasoner
 from policies.vision import captured
 from policies.vision.captured import CapturedEncoder
+from stream.errors import AttachError
 from stream.pipeline import EncodedVideo
 from stream.registry import build_reducer
 
@@ -48,6 +50,23 @@ def encoded_again_and_again(parts: tuple[Any, Any], method: str, atol: float) ->
 @torch.inference_mode()
 def test_numbers_of_frames_that_come_again_are_a_program(method: str) -> None:
     encoded_again_and_again(family("llava_onevision"), method, 0.0)
+
+
+def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    off, on = pair(family("llava_onevision"), "identity")
+    expected = off.encode(FRAMES[:3])
+    on.encode(FRAMES[:3])
+    encoded = VideoAdapter.encoded
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(AttachError, match="busy with another call"):
+            on.encode(FRAMES[3:6])
+        return encoded(*given)
+
+    monkeypatch.setattr(VideoAdapter, "encoded", meanwhile)
+    same(on.encode(FRAMES[:3]), expected, 0.0)
+    same(on.encode(FRAMES[:3]), expected, 0.0)
 
 
 def test_an_encoder_that_asks_the_device_back_stays_as_it_is() -> None:

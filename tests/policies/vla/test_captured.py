@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from policies.graphs.staged import Prefilled
 from policies.vla import captured
 from policies.vla.openvla import OpenVLAPolicy
 from stream.data import Budget, Observation
+from stream.errors import AttachError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.vla_cache import VLACache
@@ -177,6 +179,34 @@ def test_of_many_shapes_the_longest_unused_goes() -> None:
         for chunk, other in zip(chunks, expected, strict=True):
             assert np.abs(chunk.actions - other.actions).max() < 1e-5
         assert torch.allclose(attention, looked, atol=1e-5)
+
+
+def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies pruned otherwise share the buffers."""
+    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in (True, False))
+    other, seen = one.pruned_by(VLAPruner(layer=2, mode="paper")), observation(1)
+    scene = other.encode(seen)
+    held = other.prefill(scene, Budget(8), Memory())
+    calls = [
+        lambda: other.encode(seen),
+        lambda: other.prefill(scene, Budget(8), Memory()),
+        lambda: other.act(held, seen),
+    ]
+    met: list[BaseException | None] = []
+    plan = VLAPruner.plan_batch
+
+    def meanwhile(self: VLAPruner, *given: Any) -> list[Plan]:
+        if not met:
+            with ThreadPoolExecutor(1) as thread:
+                met.extend(future.exception() for future in [thread.submit(c) for c in calls])
+        return plan(self, *given)
+
+    expected = episode(stock, [observation(2)], [8])
+    monkeypatch.setattr(VLAPruner, "plan_batch", meanwhile)
+    check(episode(one, [observation(2)], [8]), expected)
+    assert [type(error) for error in met] == [AttachError] * 3
+    for call in calls:
+        call()
 
 
 def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,9 @@ from policies.vla.flow_policy import FlowPolicy
 from stream.data import Budget, Observation
 from stream.errors import AttachError
 from stream.memory import Memory
+from stream.plan import Plan
 from stream.reducers.base import Reducer
+from stream.reducers.vla_pruner import VLAPruner
 from stream.registry import build_reducer, reducer_names
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla import lerobot_models as models
@@ -161,6 +164,37 @@ def test_prefixes_may_alternate_and_take_in_newer_states(parts: Any) -> None:
         )
         assert np.array_equal(mine[0].actions, theirs[0].actions)
         assert torch.equal(mine[1], theirs[1])
+
+
+def test_a_call_that_overlaps_another_is_refused(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed, stock = both(parts, build_reducer("vla_pruner", layer=3))
+    one, two = observed(1), observed(2)
+    scene = fixed.encode(two)
+    held = fixed.prefill(scene, Budget(9), Memory())
+    calls = [
+        lambda: fixed.encode(two),
+        lambda: fixed.prefill(scene, Budget(9), Memory()),
+        lambda: fixed.act(held, two),
+    ]
+    met: list[BaseException | None] = []
+    plan = VLAPruner.plan_batch
+
+    def meanwhile(self: VLAPruner, *given: Any) -> list[Plan]:
+        if not met:
+            with ThreadPoolExecutor(1) as thread:
+                met.extend(future.exception() for future in [thread.submit(c) for c in calls])
+        return plan(self, *given)
+
+    expected = acted(stock, one, 9)
+    monkeypatch.setattr(VLAPruner, "plan_batch", meanwhile)
+    mine = acted(fixed, one, 9)
+    assert np.array_equal(mine[0], expected[0])
+    assert torch.equal(mine[1], expected[1])
+    assert [type(error) for error in met] == [AttachError] * 3
+    for call in calls:
+        call()
 
 
 def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
