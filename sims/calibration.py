@@ -67,11 +67,18 @@ class Measure:
 
 
 def warm(policy: VLAPolicy, observation: Observation, buckets: Iterable[int]) -> None:
-    """Run a policy at every bucket, so that nothing is built, and no graph is captured, while a
-    clock runs. A captured shape costs about three passes, once."""
+    """Run a policy at every bucket, so that nothing is built while a clock runs.
+
+    A captured shape costs about three passes, once. No other shape is captured afterwards: where a
+    camera fails or an instruction is longer, the policy runs as it stands.
+    """
     measure = Measure(policy, observation)
+    if policy.captured is not None:
+        policy.captured.pool.open = True
     for bucket in sorted(buckets) * WARM_ROUNDS:
         measure(bucket)
+    if policy.captured is not None:
+        policy.captured.pool.open = False
 
 
 def card_of(

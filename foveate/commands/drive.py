@@ -98,6 +98,8 @@ class Run:
     """Episodes that were played: a tally of all, and a summary of each that came to its end.
 
     settled: the ticks of a disturbed run that a controller had had time to adapt before.
+    uncaptured: inferences that ran without a captured graph in part or whole, where the policy
+    captures.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Run:
         self._episode, self._sinks = episode, sinks
         self._neighbour, self._disturb = neighbour, disturb
         self.tally, self.settled = Tally(), Tally()
+        self.uncaptured, self._runs = 0, self._uncaptured_runs()
         self.summaries: list[dict[str, Any]] = []
 
     def play(self, seed: int, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -145,11 +148,18 @@ class Run:
         if every and self.tally.ticks % every >= ADAPTATION:
             self.settled.add(tick)
         self.tally.add(tick)
+        before, self._runs = self._runs, self._uncaptured_runs()
+        self.uncaptured += tick.chunk is not None and self._runs > before
         if every:
             self._neighbour.switch(self.tally.ticks // every % 2 == 1)
 
+    def _uncaptured_runs(self) -> int:
+        captured = self._episode.policy.captured
+        return 0 if captured is None else int(captured.pool.uncaptured)
+
     def to_record(self) -> dict[str, Any]:
-        record = {"episodes": self.summaries, "all": self.tally.to_record()}
+        record: dict[str, Any] = {"episodes": self.summaries, "all": self.tally.to_record()}
+        record["uncaptured_inferences"] = self.uncaptured
         if self._disturb:
             record["disturbed"] = {
                 "switched_every": self._disturb,
@@ -245,6 +255,12 @@ def show(result: dict[str, Any], tally: Tally) -> None:
     for title, counter in named:
         if counter:
             out.print(table(title, ("what", "ticks"), counter.most_common()))
+    if uncaptured := result["uncaptured_inferences"]:
+        out.print(
+            f"{uncaptured} of {tally.inferences} inferences ran without captured graphs, in part or "
+            "whole: a shape that is new then, as of a camera that fails, is not captured while the "
+            "robot waits"
+        )
     if "disturbed" in result:
         found = result["disturbed"]
         out.print(

@@ -21,14 +21,17 @@ class GraphPool:
     """The captured graphs of one device, and what they cost.
 
     enabled: capture on CUDA; else, and on other devices, the same work is launched eagerly.
-    captured: graphs so far. fallen_back: reasons why some work could not be captured.
+    open: set it to False where nothing may be captured any more; what was not is launched eagerly.
+    captured: graphs so far. fallen_back: reasons why some work could not be captured. uncaptured:
+    runs of work without a graph, where graphs are wanted.
     warmup_s: seconds spent on warming up and capturing.
     """
 
     def __init__(self, device: torch.device | str, enabled: bool = True) -> None:
         self.device = torch.device(device)
         self.enabled = enabled and self.device.type == "cuda"
-        self.captured = 0
+        self.open = True
+        self.captured = self.uncaptured = 0
         self.fallen_back: list[str] = []
         self.warmup_s = 0.0
         self._memory: Any = None
@@ -78,8 +81,9 @@ class GraphPool:
 class Program:
     """Work over tensors of fixed shape; call it with new values.
 
-    On a capturing pool the first call captures; each call copies the values into the graph's own
-    inputs, replays it, and returns the graph's own outputs, which the next call overwrites.
+    On a capturing pool the first call captures, while the pool is open; each call then copies the
+    values into the graph's own inputs, replays it, and returns the graph's own outputs, which the
+    next call overwrites.
 
     state: tensors that the work changes in place; warming up leaves them as they were.
     """
@@ -94,9 +98,10 @@ class Program:
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        if not self._tried:
+        if not self._tried and self._pool.open:
             self._capture(values)
         if self._graph is None:
+            self._pool.uncaptured += self._pool.enabled
             return self._work(*values)
         for own, value in zip(self._inputs, values, strict=True):
             own.copy_(value)

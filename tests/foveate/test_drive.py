@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import policies.vla
 import sims
 from foveate.cli import app
 from foveate.neighbour import Neighbour
+from policies.graphs.capture import Program
 from policies.vla.base import Scene
 from sims.calibration import WARM_ROUNDS
 from stream.data import Observation
 from stream.errors import AttachError, ConfigError, UnknownNameError
 from stream.sinks.jsonl import read
+from tests.policies.graphs.taped import TapedPool
 from tests.sims.toys import ToyPolicy, ToyWorld, toy_card
 
 runner = CliRunner()
@@ -83,6 +86,35 @@ def test_all_that_is_decided_is_warm_before_the_clock_runs(
     assert tokens[:warmed] == [32, 64, 128, 154, 256, 512] * WARM_ROUNDS
     assert set(tokens[warmed:]) <= {32, 64, 128, 154, 256, 512}
     assert tokens[-1] == 154
+
+
+class Capturing(ToyPolicy):
+    """Has a program for each number of cameras."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pool = TapedPool("cpu")
+        self.captured = SimpleNamespace(pool=pool)
+        self.eyes = {n: Program(pool, f"{n} cameras", lambda x: (x * 1,)) for n in (1, 2)}
+
+    def encode(self, observation: Observation) -> Scene:
+        scene = super().encode(observation)
+        self.eyes[len(scene.cameras)](scene.x)
+        return scene
+
+
+@pytest.mark.parametrize("half", [range(0), range(20, 50)])
+def test_a_camera_that_fails_costs_no_capture_while_the_robot_waits(
+    half: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Capturing()
+    monkeypatch.setattr(policies.vla, "load", lambda *given: policy)
+    monkeypatch.setattr(sims, "make", lambda name: ToyWorld(max_steps=80, half=half))
+    found = run("--budget-ms", "100")
+    assert policy.captured.pool.captured == 1
+    assert (0 < found["uncaptured_inferences"] < found["all"]["inferences"]) == bool(half)
+    result = runner.invoke(app, ["drive", "toy", "--budget-ms", "100"], catch_exceptions=False)
+    assert ("inferences ran without captured graphs" in result.stdout) == bool(half)
 
 
 def test_fixed_tokens_and_the_world_that_waits() -> None:

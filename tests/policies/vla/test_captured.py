@@ -16,6 +16,7 @@ from policies.graphs.capture import GraphPool, Program
 from policies.graphs.staged import Prefilled
 from policies.vla import captured
 from policies.vla.openvla import OpenVLAPolicy
+from sims.calibration import warm
 from stream.data import Budget, Observation
 from stream.errors import AttachError
 from stream.memory import Memory
@@ -207,6 +208,24 @@ def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch
     assert [type(error) for error in met] == [AttachError] * 3
     for call in calls:
         call()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_behind_a_warm_start_nothing_is_captured(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in (True, False))
+    assert one.captured is not None
+    warm(one, observation(), (8, 32))
+    pool = one.captured.pool
+    graphs, seen = pool.captured, [observation(i, time_s=0.1 * i) for i in range(4)]
+    check(episode(one, seen, (8, 32, 8, 8)), episode(stock, seen, (8, 32, 8, 8)))
+    assert (pool.captured, pool.uncaptured) == (graphs, 0)
+    seen = [observation(i, missing="wrist", time_s=0.1 * i) for i in range(4)]
+    check(episode(one, seen, (8, 16, 8, 5)), episode(stock, seen, (8, 16, 8, 5)))
+    assert pool.captured == graphs > 0
+    assert pool.uncaptured > 0
 
 
 def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:
