@@ -11,6 +11,13 @@ from stream.reducers.base import Reducer
 
 from ..hooks import INSIDE
 
+WIDTH_STEP, TEXT_STEP = 256, 32
+"""Key widths and lengths of texts are multiples of these, so that few graphs serve all."""
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:

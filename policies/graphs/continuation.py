@@ -24,7 +24,8 @@ from ..query_rows import QueryRows
 from .attention import NAME, register
 from .buckets import Section
 from .cache import StaticCache
-from .capture import GraphPool, Program, Work
+from .capture import GraphPool, Program
+from .kept import weakly
 from .layer import lean, run_layers
 
 ALIGN = 64
@@ -185,40 +186,28 @@ class Continuation:
         """What a pass changes in place, the cache aside."""
         return [self.token, self._position, self._held, self.looked]
 
-    def forget(self) -> None:
-        """Let the programs go: they hold this object, and with it the memory of its cache."""
-        self._texts.clear()
-        self._steps.clear()
-
     def _text_program(self, widths: Widths, n: int) -> Program:
         if (widths, n) not in self._texts:
-
-            def extend(embeds: Tensor, lengths: Tensor) -> tuple[Tensor]:
-                return (self._follow(widths, embeds, lengths, self._read),)
-
             name = f"Text of {n} places behind {max(widths)} tokens, batch {self._batch},"
-            self._texts[widths, n] = self._program(name, extend, self._state)
+            work = weakly(self._extend, widths)
+            self._texts[widths, n] = Program(self._pool, name, work, self._state)
         return self._texts[widths, n]
 
     def _step_program(self, widths: Widths) -> Program:
         if widths not in self._steps:
-
-            def step() -> tuple[Tensor]:
-                one = torch.ones(self._batch, dtype=torch.long, device=self._device)
-                return (self._follow(widths, self._embed(self.token), one, 1),)
-
             name = f"A decode step behind {max(widths)} tokens, batch {self._batch},"
-            self._steps[widths] = self._program(name, step, self._state)
+            work = weakly(self._step, widths)
+            self._steps[widths] = Program(self._pool, name, work, self._state)
         return self._steps[widths]
 
-    def _program(self, name: str, work: Work, state: Sequence[Tensor]) -> Program:
-        """A program of this model's layers; see `Program`."""
+    def _extend(self, widths: Widths, embeds: Tensor, lengths: Tensor) -> tuple[Tensor]:
+        with self:
+            return (self._follow(widths, embeds, lengths, self._read),)
 
-        def entered(*values: Tensor) -> tuple[Tensor, ...]:
-            with self:
-                return work(*values)
-
-        return Program(self._pool, name, entered, state)
+    def _step(self, widths: Widths) -> tuple[Tensor]:
+        one = torch.ones(self._batch, dtype=torch.long, device=self._device)
+        with self:
+            return (self._follow(widths, self._embed(self.token), one, 1),)
 
     def _follow(self, widths: Widths, x: Tensor, lengths: Tensor, read: int) -> Tensor:
         """New text [batch, n, d] of `lengths` real tokens behind what the cache holds."""

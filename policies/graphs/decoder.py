@@ -17,9 +17,10 @@ from stream.signals import Signal, Signals
 
 from ..probes import Attention, Probe
 from ..query_rows import ROW_SIGNALS, QueryRows
-from .buckets import Bucket, Section, sections
+from .buckets import Bucket, Section, round_up, sections
 from .capture import GraphPool, Program
 from .continuation import ALIGN, Continuation, Pass, Widths, rows_of
+from .kept import weakly
 
 
 @dataclass(slots=True)
@@ -114,11 +115,12 @@ class StaticDecoder(Continuation):
 
     def _prefill_program(self, bucket: Bucket) -> Program:
         name = f"The prefill of {bucket.visual} visual tokens, batch {self._batch},"
-        return self._program(
-            name,
-            lambda *values: (self._prefill(bucket, *values),),
-            [*self._state, self.anchor],
-        )
+        work = weakly(self._run_prefill, bucket)
+        return Program(self._pool, name, work, [*self._state, self.anchor])
+
+    def _run_prefill(self, bucket: Bucket, *values: Tensor) -> tuple[Tensor]:
+        with self:
+            return (self._prefill(bucket, *values),)
 
     def _prefill(
         self, bucket: Bucket, x: Tensor, position_ids: Tensor, lengths: Tensor, anchor: Tensor
@@ -205,4 +207,4 @@ def _visual_and_widths(bucket: Bucket, parts: Sequence[Section]) -> tuple[tuple[
         assert section.reducer is not None
         visual.append(section.reducer.keeps(visual[-1], Budget(bucket.budget)))
     rest = bucket.before + bucket.after + bucket.new
-    return tuple(visual), tuple(-(-(n + rest) // ALIGN) * ALIGN for n in visual)
+    return tuple(visual), tuple(round_up(n + rest, ALIGN) for n in visual)

@@ -7,7 +7,6 @@ come from it and are applied to every step.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -26,14 +25,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..hooks import ReductionHooks
 from ..kvcache import reorder_end
+from .buckets import TEXT_STEP, WIDTH_STEP, round_up
 from .capture import GraphPool
 from .continuation import Continuation, Widths, rows_of, sections_of
+from .kept import Kept
 
 KEPT = 4
 """Shapes of prompts whose programs and KV buffers are kept."""
-
-WIDTH, TEXT = 256, 32
-"""Key widths and lengths of texts are multiples of these, so that few programs serve all."""
 
 Listener = Callable[[Sequence[int]], bool]
 """The first answer's token ids so far -> whether to stop."""
@@ -67,7 +65,7 @@ class GreedySteps:
     def __init__(self, text_model: PreTrainedModel, head: nn.Module) -> None:
         self._text_model, self._head = text_model, head
         self._device = next(text_model.parameters()).device
-        self._behind: OrderedDict[tuple[Any, ...], Continuation] = OrderedDict()
+        self._behind: Kept[tuple[int, ...], Continuation] = Kept(KEPT)
 
     @classmethod
     def of(cls, model: Any, text_model: PreTrainedModel) -> Self | None:
@@ -132,7 +130,7 @@ class GreedySteps:
         lengths = attention_mask[:, end].sum(-1)
         if cache.get_seq_length() > 0:
             hooks.detach()
-            text = F.pad(rows_of(inputs_embeds[:, end], order), (0, 0, 0, -behind % TEXT))
+            text = F.pad(rows_of(inputs_embeds[:, end], order), (0, 0, 0, -behind % TEXT_STEP))
             first = order[:, :1].expand(*position.shape[:-1], 1)
             widths, steps = self._continuation(cache, text.shape[1] + new)
             steps.adopt(cache, position[..., end].gather(-1, first))
@@ -156,19 +154,12 @@ class GreedySteps:
         """With room for `new` places behind a cache; key widths of its sections."""
         sections, layers = sections_of(cache), list[Any](cache.layers)
         held = [layers[section.first].keys.shape for section in sections]
-        widths = tuple(-(-(shape[2] + new) // WIDTH) * WIDTH for shape in held)
+        widths = tuple(round_up(shape[2] + new, WIDTH_STEP) for shape in held)
         batch = held[0][0]
         shape = (batch, *(section.stop for section in sections), *widths)
-        if shape not in self._behind:
-            if len(self._behind) == KEPT:
-                self._behind.popitem(last=False)[1].forget()
-            self._behind[shape] = Continuation(
-                self._text_model,
-                self._head,
-                sections,
-                widths,
-                GraphPool(self._device),
-                batch=batch,
-            )
-        self._behind.move_to_end(shape)
-        return widths, self._behind[shape]
+
+        def made() -> Continuation:
+            pool = GraphPool(self._device)
+            return Continuation(self._text_model, self._head, sections, widths, pool, batch=batch)
+
+        return widths, self._behind.get(shape, made)

@@ -8,7 +8,7 @@ rotation is one kernel, the gate is one, a norm is one together with the sum tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -79,7 +79,9 @@ class LeanLayer:
         fused = compiled() if layer.input_layernorm.weight.is_cuda else None
         self._rotate = fused.rotate if fused else rotate
         self._add_norm = fused.add_norm if fused else add_norm
-        self._gate = fused.silu_gate if fused and type(mlp.act_fn) is _SILU else self._gated
+        self._gate = (
+            fused.silu_gate if fused and type(mlp.act_fn) is _SILU else partial(gated, mlp.act_fn)
+        )
 
     def __call__(
         self,
@@ -142,9 +144,9 @@ class LeanLayer:
         mixed: Tensor = own.o_proj(out.reshape(*x.shape[:2], -1))
         return mixed
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        gated: Tensor = self._layer.mlp.act_fn(gate) * up
-        return gated
+
+def gated(function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return function(gate) * up
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 from weakref import ref
 
@@ -26,6 +25,7 @@ from ..probes import Attention, probing
 from ..query_rows import ROW_SIGNALS, QueryRows
 from .capture import Program
 from .continuation import Continuation
+from .kept import Kept, weakly
 
 KEPT = 32
 """Programs of sections that are kept; the one that was not used for the longest time goes."""
@@ -55,7 +55,7 @@ class StagedDecoder(Continuation):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._inside: ref[Prefilled] | None = None
-        self._section = lru_cache(KEPT)(self._section_program)
+        self._programs: Kept[tuple[Any, ...], Program] = Kept(KEPT)
 
     def prefill(
         self,
@@ -99,17 +99,13 @@ class StagedDecoder(Continuation):
             here = entering if alive is None else entering.gather(1, alive)
             needs = inside[section.stop].needs & ROW_SIGNALS if section.stop in inside else ()
             wanted = tuple(sorted(needs))
-            program = self._section(i, x.shape[1], wanted, state.queries.tail)
+            program = self._section_program(i, x.shape[1], wanted, state.queries.tail)
             x, *seen = program(x, here, state.queries.prompt, state.queries.text)
             state.signals[section.stop] = dict(zip(wanted, seen, strict=True))
             lengths += [x.shape[1] - (n - length)] * len(section.layers)
         made = Prefilled(self, tuple(lengths), position[:, length - 1 : length] + 1)
         self._stand_behind(made)
         return made, state
-
-    def forget(self) -> None:
-        super().forget()
-        self._section.cache_clear()
 
     def resume(self, prefilled: Prefilled) -> None:
         """Go on from what this decoder prefilled, now or earlier; `looked` begins anew."""
@@ -150,21 +146,33 @@ class StagedDecoder(Continuation):
         self, index: int, length: int, wanted: tuple[Signal, ...], tail: int
     ) -> Program:
         """Rows [b, length, d] through the layers of a section, and what the next stage reads."""
-        section = self.sections[index]
+
+        def made() -> Program:
+            first, last = self.sections[index].first, self.sections[index].stop - 1
+            name = f"Layers {first} to {last}, {length} tokens, batch {self._batch}"
+            return Program(self._pool, name, weakly(self._run_section, index, wanted, tail))
+
+        return self._programs.get((index, length, wanted, tail), made)
+
+    def _run_section(
+        self,
+        index: int,
+        wanted: tuple[Signal, ...],
+        tail: int,
+        x: Tensor,
+        position: Tensor,
+        prompt: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, ...]:
+        section, queries = self.sections[index], QueryRows(prompt, text, tail)
         last = self._layers[section.stop - 1].get_submodule("self_attn")
+        seen: list[Tensor] = []
 
-        def run(x: Tensor, position: Tensor, prompt: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-            queries = QueryRows(prompt, text, tail)
-            seen: list[Tensor] = []
+        def probe(attention: Attention) -> None:
+            seen.extend(attention.received(*queries.behind(signal)) for signal in wanted)
 
-            def probe(attention: Attention) -> None:
-                seen.extend(attention.received(*queries.behind(signal)) for signal in wanted)
-
-            self.cache.begin()
-            self._pass = None
-            with probing(self._model, {last: probe} if wanted else {}):
-                x = self._run(section, x, self._model.rotary_emb(x, position), None)
-            return (x, *seen)
-
-        name = f"Layers {section.first} to {section.stop - 1}, {length} tokens, batch {self._batch}"
-        return self._program(name, run, ())
+        self.cache.begin()
+        self._pass = None
+        with self, probing(self._model, {last: probe} if wanted else {}):
+            x = self._run(section, x, self._model.rotary_emb(x, position), None)
+        return (x, *seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from stream.signals import Signal
 from ..adapter import VideoAdapter
 from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
+from ..graphs.kept import Kept, weakly
 
 KEPT = 8
 """Shapes of pixels whose programs are kept; the one that was not used for the longest time goes."""
@@ -29,7 +29,7 @@ class CapturedEncoder:
         self._pool = GraphPool(adapter.model.device)
         self._alone = Alone(f"The encoder of {type(adapter.model).__name__}")
         self._grids: dict[tuple[int, ...], PatchGrid] = {}
-        self._program = lru_cache(KEPT)(self._program_of)
+        self._programs: Kept[tuple[int, ...], Program] = Kept(KEPT)
 
     def encoded(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
         """pixels: one tensor, as `VideoAdapter.pixel_inputs` gives it."""
@@ -45,9 +45,13 @@ class CapturedEncoder:
         wanted = [Signal.SALIENCY] if self._saliency else []
         return x, self._grids[shape], dict(zip(wanted, scores, strict=True))
 
-    def _program_of(self, name: str, shape: tuple[int, ...]) -> Program:
-        def work(values: Tensor) -> tuple[Tensor, ...]:
-            x, _, signals = self._adapter.encoded({name: values}, self._saliency)
-            return (x, *signals.values())
+    def _program(self, name: str, shape: tuple[int, ...]) -> Program:
+        def made() -> Program:
+            work = weakly(self._run, name)
+            return Program(self._pool, f"The encoder of pixels {shape}", work)
 
-        return Program(self._pool, f"The encoder of pixels {shape}", work)
+        return self._programs.get(shape, made)
+
+    def _run(self, name: str, values: Tensor) -> tuple[Tensor, ...]:
+        x, _, signals = self._adapter.encoded({name: values}, self._saliency)
+        return (x, *signals.values())

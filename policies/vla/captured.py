@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -15,15 +13,13 @@ from torch import Tensor
 from stream.reducers.base import Reducer
 
 from ..graphs.alone import Alone
-from ..graphs.buckets import Section, sections
+from ..graphs.buckets import TEXT_STEP, WIDTH_STEP, Section, round_up, sections
 from ..graphs.capture import GraphPool, Program
+from ..graphs.kept import Kept
 from ..graphs.staged import Prefilled, StagedDecoder
 from ..prefill import Prefill, VideoSpan
 from .openvla_model import OpenVLA
 from .prompts import Prompts
-
-TEXT_STEP, WIDTH_STEP = 32, 256
-"""Texts and key widths are padded to multiples of these, so that few graphs serve all lengths."""
 
 ENCODERS, DECODERS = 8, 4
 """How many are kept, decoders with their KV buffers; the one that was not used for the longest time
@@ -83,14 +79,14 @@ class Captured:
         self._model = model
         self._passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
         self._first = model.state_rows + len(model.queries.weight)
-        self.encoder = lru_cache(ENCODERS)(self._encoder)
-        self.decoders: OrderedDict[Any, StagedDecoder] = OrderedDict()
+        self.encoders: Kept[tuple[Any, ...], Program] = Kept(ENCODERS)
+        self.decoders: Kept[tuple[int, Parts, int], StagedDecoder] = Kept(DECODERS)
 
     def look(self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor) -> Any:
         """As `OpenVLA.look`."""
         ids = F.pad(ids, (0, -ids.shape[1] % TEXT_STEP))
         with self._alone:
-            program = self.encoder(images.shape, images.dtype, ids.shape[1])
+            program = self._encoder(images.shape, images.dtype, ids.shape[1])
             tokens, relevance = program(images, camera, ids, length)
             return tokens.clone(), relevance.clone()
 
@@ -136,7 +132,9 @@ class Captured:
             behind = self._decoder(batch, parts, held.text)
             behind.adopt(held.cache, held.position)
         new = self._first + self._passes - 1
-        widths = tuple(_up(held.lengths[section.first] + new) for section in parts.sections)
+        widths = tuple(
+            round_up(held.lengths[section.first] + new, WIDTH_STEP) for section in parts.sections
+        )
         first = torch.cat([model.state_row(state), model.query_rows(batch)], dim=1)
         lengths = torch.full((batch,), self._first, device=model.device)
         actions = behind.extend(widths, first, lengths)
@@ -149,19 +147,18 @@ class Captured:
         return actions.float(), behind.looked / (self._passes * len(parts.watched))
 
     def _encoder(self, shape: torch.Size, dtype: torch.dtype, text: int) -> Program:
-        return Program(self.pool, f"The encoders of {shape[0]} pictures", self._model.look)
+        name = f"The encoders of {shape[0]} pictures"
+        return self.encoders.get(
+            (shape, dtype, text), lambda: Program(self.pool, name, self._model.look)
+        )
 
     def _decoder(self, batch: int, parts: Parts, text: int) -> StagedDecoder:
         """With room for prompts of so much text with all cameras, and for what follows them."""
-        model, padded = self._model, text + -text % TEXT_STEP
-        capacity = _up(padded + model.visual_tokens + self._first + self._passes - 1)
-        shape = (batch, parts, capacity)
-        if shape not in self.decoders:
-            if len(self.decoders) == DECODERS:
-                self.decoders.popitem(last=False)[1].forget()
-            self.decoders[shape] = self._made(*shape)
-        self.decoders.move_to_end(shape)
-        return self.decoders[shape]
+        before = round_up(text, TEXT_STEP) + self._model.visual_tokens
+        capacity = round_up(before + self._first + self._passes - 1, WIDTH_STEP)
+        return self.decoders.get(
+            (batch, parts, capacity), lambda: self._made(batch, parts, capacity)
+        )
 
     def _made(self, batch: int, parts: Parts, capacity: int) -> StagedDecoder:
         model = self._model
@@ -176,7 +173,3 @@ class Captured:
             watch=parts.watched,
             read=model.config.chunk if model.is_parallel else 1,
         )
-
-
-def _up(length: int) -> int:
-    return -(-length // WIDTH_STEP) * WIDTH_STEP

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import DynamicCache
 from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
+from ..graphs.kept import Kept, weakly
 from .flow import FlowPruning, FlowSteps, Inference, Request
 from .flow_family import FlowFamily
 
@@ -35,9 +35,9 @@ class Captured:
         self.pool = GraphPool(device)
         self._alone = Alone(type(family.policy).__name__)
         self._family, self._pruning, self._constants = family, pruning, Constants()
-        self.eye = lru_cache(KEPT)(self._eye)
-        self.section = lru_cache(KEPT)(self._section)
-        self.step = lru_cache(KEPT)(partial(_Step, family, pruning, self.pool))
+        self.eyes: Kept[Like, Program] = Kept(KEPT)
+        self.sections: Kept[tuple[int, int, Like], Program] = Kept(KEPT)
+        self.steps: Kept[tuple[tuple[int, ...], Like], _Step] = Kept(KEPT)
 
     def embed(
         self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
@@ -45,17 +45,17 @@ class Captured:
         """As `FlowFamily.embed`."""
         given = (*pictures, *masks, *words)
         with self._alone, self._constants:
-            made = self.eye(len(pictures), _like(given))(*given)
+            made = self._eye(len(pictures), _like(given))(*given)
             return tuple(part.clone() for part in made)
 
     def _eye(self, n: int, like: Like) -> Program:
         """like: of n pictures, their masks and words."""
+        name = f"The eyes of {type(self._family.policy).__name__}"
+        return self.eyes.get(like, lambda: Program(self.pool, name, weakly(self._run_eye, n)))
 
-        def work(*given: Tensor) -> tuple[Tensor, ...]:
-            with self._family.capturable():
-                return self._family.embed(given[:n], given[n : 2 * n], *given[2 * n :])
-
-        return Program(self.pool, f"The eyes of {type(self._family.policy).__name__}", work)
+    def _run_eye(self, n: int, *given: Tensor) -> tuple[Tensor, ...]:
+        with self._family.capturable():
+            return self._family.embed(given[:n], given[n : 2 * n], *given[2 * n :])
 
     def prefill(
         self, request: Request, embeds: Tensor, padding: Tensor, blocks: Tensor
@@ -76,7 +76,7 @@ class Captured:
             for first, stop in pruning.sections:
                 given = pruning.enter(first, hidden, positions, mask)
                 with self._constants:
-                    hidden, last, *held = self.section(first, stop, _like(given))(*given)
+                    hidden, last, *held = self._section(first, stop, _like(given))(*given)
                     for i, layer in enumerate(range(first, stop)):
                         cache.update(held[2 * i], held[2 * i + 1], layer)
                 pruning.leave(first, stop, last, *given[1:])
@@ -89,16 +89,18 @@ class Captured:
     def _section(self, first: int, stop: int, like: Like) -> Program:
         """(hidden, positions, mask) -> (what leaves the last layer, what entered it, and the keys
         and values of all layers)"""
-
-        def work(hidden: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-            cache, which, last = DynamicCache(), range(first, stop), hidden
-            for left in self._family.layers(which, hidden, positions, mask, cache):
-                last, hidden = hidden, left
-            layers: Any = cache.layers[first:stop]
-            return hidden, last, *(part for own in layers for part in (own.keys, own.values))
-
         name = f"Layers {first} to {stop - 1} of {type(self._family.policy).__name__}"
-        return Program(self.pool, name, work)
+        work = weakly(self._run_section, range(first, stop))
+        return self.sections.get((first, stop, like), lambda: Program(self.pool, name, work))
+
+    def _run_section(
+        self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache, last = DynamicCache(), hidden
+        for left in self._family.layers(which, hidden, positions, mask, cache):
+            last, hidden = hidden, left
+        layers: Any = cache.layers[which.start : which.stop]
+        return hidden, last, *(part for own in layers for part in (own.keys, own.values))
 
     def flow(
         self,
@@ -124,11 +126,16 @@ class Captured:
         held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         given = (steps.looked, padding, *sets.values(), *held, *beside)
         with self._alone, self._constants:
-            step = self.step(layout, _like(given))
+            step = self._step(layout, _like(given))
             step.begin(given)
             actions: Tensor = euler_integrate(step, noise, count)
             steps.looked, steps.looks = step.looked.clone(), step.looks * count
         return actions
+
+    def _step(self, layout: tuple[int, ...], like: Like) -> _Step:
+        return self.steps.get(
+            (layout, like), lambda: _Step(self._family, self._pruning, self.pool, layout, like)
+        )
 
 
 class _Step:
@@ -159,7 +166,7 @@ class _Step:
             self._cache.update(key, value, layer)
         self.looks = 0
         name = f"A flow step of {type(family.policy).__name__}"
-        self._program = Program(pool, name, self._run, state=[self.looked])
+        self._program = Program(pool, name, weakly(self._run), state=[self.looked])
 
     def begin(self, given: Sequence[Tensor]) -> None:
         """Go on from a prefix that was prefilled otherwise, and what was seen of it."""
