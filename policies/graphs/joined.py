@@ -14,12 +14,15 @@ from torch import Tensor, nn
 def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """What each of `modules` says of the same input, [..., d] -> [..., d_i] each.
 
-    Plain linear layers become one product: their weights, and biases, are laid one behind the other
-    in one tensor and stay theirs as views of it, so nothing is held twice. Others, and those that
-    are hooked, are called one by one.
+    Plain linear layers of one dtype become one product: their weights, and biases, are laid one
+    behind the other in one tensor and stay theirs as views of it, so nothing is held twice. Others,
+    and those that are hooked, are called one by one.
     """
     biases = {getattr(module, "bias", None) is None for module in modules}
-    if not all(map(_is_plain, modules)) or len(biases) > 1:
+    own = [parameter for module in modules for parameter in module.parameters()]
+    kinds = {(parameter.dtype, parameter.device) for parameter in own}
+    alike = len(biases) == len(kinds) == 1
+    if not (alike and all(map(_is_plain, modules)) and all(map(_is_dense, own))):
         return lambda x: [module(x) for module in modules]
     plain: list[Any] = list(modules)
     weight = _whole([layer.weight for layer in plain])
@@ -31,6 +34,11 @@ def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Ten
 def _is_plain(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return type(module) is nn.Linear and not hooked
+
+
+def _is_dense(parameter: nn.Parameter) -> bool:
+    """Quantised weights may be tensors of a type of their own, inside a Linear that looks plain."""
+    return type(parameter) is nn.Parameter and type(parameter.data) is Tensor
 
 
 def _whole(parts: Sequence[nn.Parameter]) -> Tensor:

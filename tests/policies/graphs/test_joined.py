@@ -45,7 +45,11 @@ def test_nothing_is_held_twice_and_what_changes_in_place_is_heard() -> None:
         assert torch.equal(said(x)[2], torch.full((2, 5), 7.0))
 
 
-@pytest.mark.parametrize("kind", ["subclass", "hooked", "replaced", "some biases"])
+class Quantised(torch.Tensor):
+    """As quantised weights are: a tensor of a type of its own, that only its own code can read."""
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hooked", "replaced", "some biases", "quantised"])
 def test_what_is_not_plain_is_called_as_it_is(kind: str) -> None:
     class Shifted(nn.Linear):
         def forward(self, x: Any) -> Any:
@@ -58,13 +62,22 @@ def test_what_is_not_plain_is_called_as_it_is(kind: str) -> None:
         own[1].register_forward_hook(lambda module, args, said: said + 1)
     elif kind == "replaced":
         own[1].forward = lambda x: x.new_ones(2, 1)  # type: ignore[method-assign]
-    else:
+    elif kind == "some biases":
         own[1].bias = None  # type: ignore[assignment]
+    else:
+        own[1].weight = nn.Parameter(own[1].weight.detach().as_subclass(Quantised))
     expected = [layer(x) for layer in own]
-    storages = {layer.weight.untyped_storage().data_ptr() for layer in own}
     for got, want in zip(one_product(own)(x), expected, strict=True):
         assert torch.equal(got, want)
-    assert len(storages) == 3
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in own}) == 3
+
+
+def test_a_layer_keeps_its_precision_beside_others() -> None:
+    own, x = layers(), torch.randn(2, 4)
+    own[1].half()
+    one_product(own)
+    assert [layer.weight.dtype for layer in own] == [torch.float32, torch.float16, torch.float32]
+    assert own[1](x.half()).dtype == torch.float16
 
 
 def test_a_joined_model_saves_what_it_saved_before(tmp_path: Path) -> None:
