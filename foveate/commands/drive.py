@@ -257,9 +257,9 @@ def show(result: dict[str, Any], tally: Tally) -> None:
             out.print(table(title, ("what", "ticks"), counter.most_common()))
     if uncaptured := result["uncaptured_inferences"]:
         out.print(
-            f"{uncaptured} of {tally.inferences} inferences ran without captured graphs, in part or "
-            "whole: a shape that is new then, as of a camera that fails, is not captured while the "
-            "robot waits"
+            f"{uncaptured} of {tally.inferences} inferences ran without captured graphs, in part "
+            "or whole: a shape that is new then, as of a camera that fails, is not captured while "
+            "the robot waits"
         )
     if "disturbed" in result:
         found = result["disturbed"]
