@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -160,10 +161,11 @@ class _Step:
         sets, rest = rest[: max(layout)], rest[max(layout) :]
         self._alive = {layer: sets[i - 1] if i else None for layer, i in enumerate(layout)}
         held, self._beside = rest[: 2 * len(layout)], rest[2 * len(layout) :]
-        self._keys, self._values = held[::2], held[1::2]
         self._cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(self._keys, self._values, strict=True)):
+        layers: Any = self._cache.layers
+        for layer, (key, value) in enumerate(zip(held[::2], held[1::2], strict=True)):
             self._cache.update(key, value, layer)
+            layers[layer].keys, layers[layer].values = key, value
         self.looks = 0
         name = f"A flow step of {type(family.policy).__name__}"
         self._program = Program(pool, name, weakly(self._run), state=[self.looked])
@@ -177,13 +179,12 @@ class _Step:
         return self._program(noisy, time)[0]
 
     def _run(self, noisy: Tensor, time: Tensor) -> tuple[Tensor]:
-        layers: Any = self._cache.layers
-        for layer, key, value in zip(layers, self._keys, self._values, strict=True):
-            layer.keys, layer.values = key, value
+        cache = copy(self._cache)  # what a step adds goes when it ends
+        cache.layers = [copy(layer) for layer in self._cache.layers]
         steps = FlowSteps(self.looked.shape[1], self._alive, self.looked)
         with self._pruning as pruning, self._family.capturable():
             pruning.steps = steps
-            velocity = self._family.velocity(noisy, time, self._padding, self._cache, *self._beside)
+            velocity = self._family.velocity(noisy, time, self._padding, cache, *self._beside)
         self.looks = steps.looks
         return (velocity,)
 

@@ -233,6 +233,23 @@ def test_captured_flow_steps_do_not_copy_the_cache(
     assert len(copies) == models.STEPS
 
 
+def test_a_flow_step_holds_the_prefix_once(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Noted(flow_captured._Step):
+        def __init__(self, *given: Any) -> None:
+            made.append(self)
+            super().__init__(*given)
+
+    monkeypatch.setattr(flow_captured, "_Step", Noted)
+    fixed, _ = both(parts)
+    acted(fixed, observed(), N)
+    (step,) = made
+    own = {tensor.data_ptr() for tensor in step._own}
+    for layer in step._cache.layers:
+        assert {layer.keys.data_ptr(), layer.values.data_ptr()} <= own
+
+
 # --- few graphs
 
 
