@@ -113,7 +113,7 @@ def own_card(
 
     device = device_name(policy.device)
     name = f"{settings.model}, {settings.reducer}"
-    given = [repr(sorted(settings.settings.items())), settings.capture]
+    given = repr(sorted(settings.settings.items())), f"captured: {policy.captured is not None}"
     key = "\n".join([name, *given, device, repr(policy.spec)])
     path = cache_folder() / "cards" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.is_file():

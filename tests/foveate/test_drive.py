@@ -73,6 +73,17 @@ def test_the_wall_is_calibrated_once(tmp_path: Path) -> None:
     assert set(first["all"]["ms"]) == {"encode", "prefill", "act", "whole"}
 
 
+def test_what_acts_alike_is_calibrated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is `on` or `off`, as the device has it."""
+    for made in (ToyPolicy, Capturing):
+        monkeypatch.setattr(policies.vla, "load", lambda *given, made=made: made())
+        for word in ("auto", "off", "on"):
+            run("--budget-ms", "100", "--set", f"capture={word}")
+    assert len(list((tmp_path / "cache" / "cards").iterdir())) == 2
+
+
 @pytest.mark.parametrize(("word", "capture"), [("auto", None), ("on", True), ("off", False)])
 def test_all_that_is_decided_is_warm_before_the_clock_runs(
     word: str, capture: bool | None, monkeypatch: pytest.MonkeyPatch
