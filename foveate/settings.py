@@ -26,9 +26,11 @@ class AskConfig(Config):
     model: a name in the box, a folder, or a hub name. settings: of the reducer. retain: share of
     the visual tokens to keep. frames: how many, evenly spaced; fps: instead, that many a second.
     encoder: `merge` or `skip` lets a SigLIP tower compute less, see policies/vision.
-    capture: answers and SigLIP towers run as captured programs: `auto` on CUDA, `on`, `off`. Once
-    for prompts of one length, rounded up to 256, an answer takes about three steps longer; once for
-    a number of frames, encoding takes three times as long.
+    capture: answers and SigLIP towers run as captured programs: `auto` on CUDA, `on`, `off`. What
+    comes alike in a second request is captured then, and fast from there on. An answer takes about
+    three steps longer once for each number of questions asked together and each length of prompt
+    and answer, rounded up to 256, at every layer where tokens leave; its question once for each
+    length, rounded up to 32. Encoding takes three passes once for each number of frames.
     """
 
     model: str = "tiny-video"

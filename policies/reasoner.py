@@ -47,7 +47,8 @@ class Prompt:
 
 Capture = Literal["auto", "on", "off"]
 """Whether captured programs decode answers and, where the encoder allows it, encode: `auto` on
-CUDA, `on` everywhere (a CPU runs the programs as they stand), `off` nowhere."""
+CUDA, `on` everywhere (a CPU runs the programs as they stand), `off` nowhere. A shape is captured
+when it comes in a second request; an answer ends a request."""
 
 
 class VideoReasoner:
@@ -119,6 +120,8 @@ class VideoReasoner:
         hooks = ReductionHooks(
             self.adapter.text_model, self.adapter.layers, inside, self._positions
         )
+        if self._encoder is not None:
+            self._encoder.end_request()
         start_s = time.perf_counter()
         prompt = self.prompt(video, questions)
         alone = len(questions) == 1

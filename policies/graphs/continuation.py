@@ -83,7 +83,7 @@ class Continuation:
         self._lean = [lean(layer) for layer in self._layers]
         self._head, self._read, self._causal = head, read, not bidirectional
         self._embed = embed or text_model.get_input_embeddings()
-        self.sections, self._watch, self._pool = tuple(sections), tuple(watch), pool
+        self.sections, self._watch, self.pool = tuple(sections), tuple(watch), pool
         watched = {i for i, s in enumerate(self.sections) if set(s.layers) & set(watch)}
         if len(watched) > 1:
             raise AttachError(f"Layers {list(watch)} hold different tokens; watch one section.")
@@ -190,14 +190,14 @@ class Continuation:
         if (widths, n) not in self._texts:
             name = f"Text of {n} places behind {max(widths)} tokens, batch {self._batch},"
             work = weakly(self._extend, widths)
-            self._texts[widths, n] = Program(self._pool, name, work, self._state)
+            self._texts[widths, n] = Program(self.pool, name, work, self._state)
         return self._texts[widths, n]
 
     def _step_program(self, widths: Widths) -> Program:
         if widths not in self._steps:
             name = f"A decode step behind {max(widths)} tokens, batch {self._batch},"
             work = weakly(self._step, widths)
-            self._steps[widths] = Program(self._pool, name, work, self._state)
+            self._steps[widths] = Program(self.pool, name, work, self._state)
         return self._steps[widths]
 
     def _extend(self, widths: Widths, embeds: Tensor, lengths: Tensor) -> tuple[Tensor]:

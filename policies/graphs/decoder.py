@@ -116,7 +116,7 @@ class StaticDecoder(Continuation):
     def _prefill_program(self, bucket: Bucket) -> Program:
         name = f"The prefill of {bucket.visual} visual tokens, batch {self._batch},"
         work = weakly(self._run_prefill, bucket)
-        return Program(self._pool, name, work, [*self._state, self.anchor])
+        return Program(self.pool, name, work, [*self._state, self.anchor])
 
     def _run_prefill(self, bucket: Bucket, *values: Tensor) -> tuple[Tensor]:
         with self:

@@ -30,8 +30,8 @@ from .capture import GraphPool
 from .continuation import Continuation, Widths, rows_of, sections_of
 from .kept import Kept
 
-KEPT = 4
-"""Shapes of prompts whose programs and KV buffers are kept."""
+KEPT, KEPT_BYTES = 16, 1_000_000_000
+"""Shapes of prompts whose programs and KV buffers are kept, and what these buffers may take."""
 
 Listener = Callable[[Sequence[int]], bool]
 """The first answer's token ids so far -> whether to stop."""
@@ -59,13 +59,14 @@ class GreedySteps:
     the longest unused goes. For one thread at a time.
 
     A shape is the number of sequences and, for each run of layers that hold equally many tokens,
-    that number rounded up. The first answer of a shape costs about three steps more on CUDA.
+    that number and the longest answer, rounded up. The first answer of a shape is launched as it
+    stands; the second one captures, at the cost of about three steps on CUDA.
     """
 
     def __init__(self, text_model: PreTrainedModel, head: nn.Module) -> None:
         self._text_model, self._head = text_model, head
         self._device = next(text_model.parameters()).device
-        self._behind: Kept[tuple[int, ...], Continuation] = Kept(KEPT)
+        self._behind: Kept[tuple[int, ...], Continuation] = Kept(KEPT, KEPT_BYTES)
 
     @classmethod
     def of(cls, model: Any, text_model: PreTrainedModel) -> Self | None:
@@ -97,18 +98,19 @@ class GreedySteps:
         going = said.new_ones(len(said), dtype=torch.bool)
         logits: list[Any] = []
         first_row: list[int] = []
-        while True:
-            logits.append(said[:, -1].to(torch.float32, copy=True))
-            scores = logits_processor(input_ids, logits[-1])
-            token = torch.where(going, scores.argmax(-1), pad)
-            input_ids = torch.cat([input_ids, token[:, None]], 1)
-            going = going & ~stopping_criteria(input_ids, scores)
-            first, *any_going = torch.cat([token[:1], going]).tolist()
-            first_row.append(first)
-            if progress.stop(first_row) or not any(any_going):
-                return GenerateDecoderOnlyOutput(sequences=input_ids, logits=(*logits,))
-            steps.token.copy_(token[:, None])
-            said = steps.step(widths)
+        with steps:
+            while True:
+                logits.append(said[:, -1].to(torch.float32, copy=True))
+                scores = logits_processor(input_ids, logits[-1])
+                token = torch.where(going, scores.argmax(-1), pad)
+                input_ids = torch.cat([input_ids, token[:, None]], 1)
+                going = going & ~stopping_criteria(input_ids, scores)
+                first, *any_going = torch.cat([token[:1], going]).tolist()
+                first_row.append(first)
+                if progress.stop(first_row) or not any(any_going):
+                    return GenerateDecoderOnlyOutput(sequences=input_ids, logits=(*logits,))
+                steps.token.copy_(token[:, None])
+                said = steps.step(widths)
 
     def _begin(
         self,
@@ -155,11 +157,16 @@ class GreedySteps:
         sections, layers = sections_of(cache), list[Any](cache.layers)
         held = [layers[section.first].keys.shape for section in sections]
         widths = tuple(round_up(shape[2] + new, WIDTH_STEP) for shape in held)
-        batch = held[0][0]
+        batch, heads, _, head_size = held[0]
         shape = (batch, *(section.stop for section in sections), *widths)
+        again = shape in self._behind
+        places = sum(n * len(s.layers) for n, s in zip(widths, sections, strict=True))
+        size = 2 * batch * heads * head_size * places * layers[0].keys.element_size()
 
         def made() -> Continuation:
             pool = GraphPool(self._device)
             return Continuation(self._text_model, self._head, sections, widths, pool, batch=batch)
 
-        return widths, self._behind.get(shape, made)
+        steps = self._behind.get(shape, made, size)
+        steps.pool.open = again
+        return widths, steps

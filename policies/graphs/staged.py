@@ -150,7 +150,7 @@ class StagedDecoder(Continuation):
         def made() -> Program:
             first, last = self.sections[index].first, self.sections[index].stop - 1
             name = f"Layers {first} to {last}, {length} tokens, batch {self._batch}"
-            return Program(self._pool, name, weakly(self._run_section, index, wanted, tail))
+            return Program(self.pool, name, weakly(self._run_section, index, wanted, tail))
 
         return self._programs.get((index, length, wanted, tail), made)
 

@@ -19,7 +19,7 @@ KEPT = 8
 
 
 class CapturedEncoder:
-    """`VideoAdapter.encoded`, captured on CUDA from the second time on that a shape comes.
+    """`VideoAdapter.encoded`, captured on CUDA where a shape comes again in another request.
 
     Takes about three passes to capture. A call that overlaps another is refused with AttachError.
     """
@@ -29,16 +29,22 @@ class CapturedEncoder:
         self._pool = GraphPool(adapter.model.device)
         self._alone = Alone(f"The encoder of {type(adapter.model).__name__}")
         self._grids: dict[tuple[int, ...], PatchGrid] = {}
+        self._now: set[tuple[int, ...]] = set()
         self._programs: Kept[tuple[int, ...], Program] = Kept(KEPT)
+
+    def end_request(self) -> None:
+        """What was encoded belonged to one request, what comes now belongs to another."""
+        self._now.clear()
 
     def encoded(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
         """pixels: one tensor, as `VideoAdapter.pixel_inputs` gives it."""
         ((name, values),) = pixels.items()
         values = values.to(self._adapter.model.device, self._adapter.model.dtype)
         shape = tuple(values.shape)
-        if shape not in self._grids:
+        if shape not in self._grids or shape in self._now:
             x, grid, signals = self._adapter.encoded({name: values}, self._saliency)
             self._grids[shape] = grid
+            self._now.add(shape)
             return x, grid, signals
         with self._alone:
             x, *scores = (made.clone() for made in self._program(name, shape)(values))

@@ -189,7 +189,7 @@ def test_replayed_operators_do_without_python(
     asked = [QUESTIONS[:1], QUESTIONS, QUESTIONS[1:2], QUESTIONS[::-1], QUESTIONS[2:]]
     for questions in asked:
         pair.same(questions)
-    assert sum(c._pool.captured for c in pair.shapes) == pair.programs > 1
+    assert sum(c.pool.captured for c in pair.shapes) == pair.programs > 1
     if method == "holitom_outer":
         caches = [reasoner.live_cache() for reasoner in (pair.stock, pair.fixed)]
         for cache in caches:
@@ -197,6 +197,37 @@ def test_replayed_operators_do_without_python(
         for questions in asked:
             expected, reply = (cache.answer(questions, None) for cache in caches)
             same(reply, expected)
+
+
+def test_what_comes_once_is_not_captured_and_what_comes_again_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(greedy, "GraphPool", TapedPool)
+    pair = Pair(family("llava_onevision"))
+
+    def captured() -> int:
+        return sum(c.pool.captured for c in pair.shapes)
+
+    asked = [QUESTIONS[:1] * n for n in range(1, 7)]
+    counts = []
+    for _ in range(3):
+        for questions in asked:
+            pair.same(questions)
+        counts.append(captured())
+    assert len(pair.shapes) == 6
+    assert counts == [0, pair.programs, pair.programs]
+
+
+def test_buffers_that_are_kept_share_a_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(family("llava_onevision"))
+    pair.same(QUESTIONS[:1])
+    monkeypatch.setattr(greedy, "KEPT_BYTES", 3 * pair.shapes[0].cache.bytes)
+    pair = Pair(family("llava_onevision"))
+    for n in (1, 2, 3, 1):
+        pair.same(QUESTIONS[:1] * n)
+    assert [c.token.shape[0] for c in pair.shapes] == [1]
+    pair.same(QUESTIONS[:1] * 2)
+    assert [c.token.shape[0] for c in pair.shapes] == [1, 2]
 
 
 def test_the_longest_unused_shape_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +266,6 @@ def test_captured_answers_on_a_gpu_are_those_of_the_stock_loop(method: str) -> N
         for questions in (QUESTIONS[:1], QUESTIONS):
             expected = pair.stock.answer(pair.video, questions)
             same(pair.fixed.answer(pair.video, questions), expected, atol=1e-3)
-    pools = [c._pool for c in pair.shapes]
+    pools = [c.pool for c in pair.shapes]
     assert not any(pool.fallen_back for pool in pools)
     assert sum(pool.captured for pool in pools) == pair.programs > 0

@@ -51,6 +51,16 @@ def test_the_longest_unused_goes() -> None:
     assert len(kept) == 0
 
 
+def test_sizes_share_a_room() -> None:
+    sizes = {"a": 4, "b": 3, "c": 5, "d": 99}
+    kept: Kept[str, str] = Kept(9, room=8)
+    held = []
+    for key in "abacbd":
+        kept.get(key, key.upper, sizes[key])
+        held.append("".join(kept))
+    assert held == ["a", "ab", "ba", "c", "cb", "d"]
+
+
 @pytest.mark.usefixtures("uncollected")
 def test_an_object_that_keeps_a_program_of_its_own_goes() -> None:
     class Scaled:

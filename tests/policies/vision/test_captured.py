@@ -12,8 +12,10 @@ from policies.models import load
 from policies.reasoner import VideoReasoner
 from policies.vision import captured
 from policies.vision.captured import CapturedEncoder
+from stream.data import Budget
 from stream.errors import AttachError
-from stream.pipeline import EncodedVideo
+from stream.memory import Memory
+from stream.pipeline import EncodedVideo, reduce_video
 from stream.registry import build_reducer
 
 from ..graphs.taped import TapedPool
@@ -37,12 +39,17 @@ def same(one: EncodedVideo, other: EncodedVideo, atol: float) -> None:
 
 def encoded_again_and_again(parts: tuple[Any, Any], method: str, atol: float) -> CapturedEncoder:
     off, on = pair(parts, method)
-    chunks = [FRAMES[:3], FRAMES[3:6], FRAMES[5:], FRAMES[:1], FRAMES[1:4]]
+    chunks = [FRAMES[:3], FRAMES[3:6], FRAMES[5:], FRAMES[1:4]]
     made = [on.encode(chunk) for chunk in chunks]
+    assert on._encoder is not None
+    assert len(on._encoder._programs) == 0, "one request gains nothing by a capture"
+    budget = Budget.ratio(0.4, of=made[0].grid.size)
+    on.answer(reduce_video(made[0], build_reducer(method), budget, Memory()), ["what moves"])
+    chunks += [FRAMES[:1], *chunks, FRAMES[2:3]]
+    made += [on.encode(chunk) for chunk in chunks[4:]]
     for chunk, one in zip(chunks, made, strict=True):
         same(one, off.encode(chunk), atol)
-    assert on._encoder is not None
-    assert len(on._encoder._programs) == 1, "one frame came once"
+    assert len(on._encoder._programs) == 1, "one frame came in one request"
     return on._encoder
 
 
@@ -56,6 +63,8 @@ def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch
     off, on = pair(family("llava_onevision"), "identity")
     expected = off.encode(FRAMES[:3])
     on.encode(FRAMES[:3])
+    assert on._encoder is not None
+    on._encoder.end_request()
     encoded = VideoAdapter.encoded
 
     def meanwhile(*given: Any) -> Any:
