@@ -126,13 +126,12 @@ class VideoReasoner:
         prompt = self.prompt(video, questions)
         alone = len(questions) == 1
         whole = inside or (alone and cached is None)
-        to_question = self._steps is not None or not alone
+        steps = self._steps if self._steps and self._steps.ready() else None
+        to_question = steps is not None or not alone
         cache = None if whole else self._shared_prefill(prompt, cached, to_question)
         progress = Progress(self._listener)
         behind = prompt.embeds.shape[1] - prompt.text_from
-        decode = self._steps and partial(
-            self._steps.decode, progress=progress, hooks=hooks, behind=behind
-        )
+        decode = steps and partial(steps.decode, progress=progress, hooks=hooks, behind=behind)
         with hooks:
             if inside:
                 span = VideoSpan(

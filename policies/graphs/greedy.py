@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -28,6 +28,7 @@ from ..kvcache import reorder_end
 from .buckets import TEXT_STEP, WIDTH_STEP, round_up
 from .capture import GraphPool
 from .continuation import Continuation, Widths, rows_of, sections_of
+from .footing import Footing
 from .kept import Kept
 
 KEPT, KEPT_BYTES = 16, 1_000_000_000
@@ -63,9 +64,9 @@ class GreedySteps:
     stands; the second one captures, at the cost of about three steps on CUDA.
     """
 
-    def __init__(self, text_model: PreTrainedModel, head: nn.Module) -> None:
-        self._text_model, self._head = text_model, head
-        self._device = next(text_model.parameters()).device
+    def __init__(self, model: Any, text_model: PreTrainedModel) -> None:
+        self._model, self._text_model = model, text_model
+        self._footing = Footing(lambda: (text_model, model.get_output_embeddings()))
         self._behind: Kept[tuple[int, ...], Continuation] = Kept(KEPT, KEPT_BYTES)
 
     @classmethod
@@ -73,7 +74,18 @@ class GreedySteps:
         """None where a layer forgets what is far back: that has no fixed shape here."""
         kinds = set(getattr(text_model.config, "layer_types", None) or ["full_attention"])
         whole = kinds == {"full_attention"}
-        return cls(text_model, model.get_output_embeddings()) if whole else None
+        return cls(model, text_model) if whole else None
+
+    def ready(self) -> bool:
+        """Whether the next answer can be decoded here; ask before each one.
+
+        Not where the model lies on several devices, or has hooks that would not run. What stands on
+        an older state of the model goes.
+        """
+        if not self._footing.holds():
+            self._behind.clear()
+            self._footing.note()
+        return self._footing.is_plain
 
     def decode(
         self,
@@ -164,8 +176,11 @@ class GreedySteps:
         size = 2 * batch * heads * head_size * places * layers[0].keys.element_size()
 
         def made() -> Continuation:
-            pool = GraphPool(self._device)
-            return Continuation(self._text_model, self._head, sections, widths, pool, batch=batch)
+            head = self._model.get_output_embeddings()
+            pool = GraphPool(next(head.parameters()).device)
+            behind = Continuation(self._text_model, head, sections, widths, pool, batch=batch)
+            self._footing.note()  # weights may have moved together
+            return behind
 
         steps = self._behind.get(shape, made, size)
         steps.pool.open = again

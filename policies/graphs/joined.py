@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .footing import hooked
+
 
 def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """What each of `modules` says of the same input, [..., d] -> [..., d_i] each.
@@ -32,8 +34,7 @@ def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Ten
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) is nn.Linear and not hooked
+    return type(module) is nn.Linear and not hooked(module)
 
 
 def _is_dense(parameter: nn.Parameter) -> bool:

@@ -23,6 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from stream.ops.built import built
 
+from .footing import hooked
 from .joined import one_product
 
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
@@ -30,9 +31,10 @@ _SILU = type(ACT2FN["silu"])
 
 
 def lean(layer: nn.Module) -> Callable[..., Tensor]:
-    """`layer`, or the same with fewer kernels where its type is known: one call fits both."""
+    """`layer`, or the same with fewer kernels where its type is known and nothing is hooked to it:
+    one call fits both."""
     known = type(layer) in KNOWN and getattr(layer.self_attn, "sliding_window", None) is None
-    return LeanLayer(layer) if known else layer
+    return LeanLayer(layer) if known and not any(map(hooked, layer.modules())) else layer
 
 
 def run_layers(
@@ -66,8 +68,8 @@ class LeanLayer:
     """Says what `layer`, one of KNOWN, says, up to rounding; bfloat16 is rounded less often.
 
     Attention goes through the function that the model is set to, as transformers does. Projections
-    are joined where they are plain (`joined`), else called as modules. Hooks on the layer, its
-    norms, its attention or its MLP do not run.
+    are joined where they are plain (`joined`), else called as modules. Hooks that come later on the
+    layer, its norms, its attention or its MLP do not run.
     """
 
     def __init__(self, layer: Any) -> None:

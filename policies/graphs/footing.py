@@ -1,0 +1,74 @@
+"""What captured programs stand on: the modules of a network, and where their weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from itertools import repeat
+from operator import attrgetter, contains
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something else than its own forward runs when it is called."""
+    more = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(more)
+
+
+class Footing:
+    """A network as `note` found it. Replays read weights where they lay then, joined products are
+    of the layers that were there then.
+
+    roots: gives its modules, as they are now, with all below them.
+    """
+
+    def __init__(self, roots: Callable[[], Iterable[nn.Module]]) -> None:
+        self._find = roots
+        self.note()
+
+    def note(self) -> None:
+        """The network as it is now is the one that programs stand on."""
+        self._roots = list(self._find())
+        modules = list(dict.fromkeys(each for root in self._roots for each in root.modules()))
+        self._owners = [each._parameters for each in modules if each._parameters]
+        self._parents = [each._modules for each in modules if each._modules]
+        self._children = self._children_now()
+        own = self._parameters()
+        self._places = _places(own)
+        self._devices = {parameter.device for parameter in own}
+        self._hooks = [
+            hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
+        self._replaced = [each.__dict__ for each in modules]
+
+    def holds(self) -> bool:
+        """Whether nothing was replaced, moved or converted since. Costs about 0.2 us a parameter,
+        so ask once for each answer or inference."""
+        return (
+            self._roots == list(self._find())
+            and self._children == self._children_now()
+            and self._places == _places(self._parameters())
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it lies on one device, and no module of it has a hook or another forward: a
+        replay runs neither."""
+        replaced = any(map(contains, self._replaced, repeat("forward")))
+        return len(self._devices) == 1 and not replaced and not any(self._hooks)
+
+    def _children_now(self) -> list[nn.Module | None]:
+        return [child for children in self._parents for child in children.values()]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for owned in self._owners for p in owned.values() if p is not None]
+
+
+def _places(own: list[Any]) -> tuple[list[Hashable], list[Hashable]]:
+    """Where parameters lie, and their dtypes; of those without memory of their own, which they are."""
+    try:
+        places: list[Hashable] = list(map(Tensor.data_ptr, own))
+    except RuntimeError:
+        places = list(map(id, own))
+    return places, list(map(attrgetter("dtype"), own))
