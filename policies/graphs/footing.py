@@ -66,7 +66,7 @@ class Footing:
 
 
 def _places(own: list[Any]) -> tuple[list[Hashable], list[Hashable]]:
-    """Where parameters lie, and their dtypes; of those without memory of their own, which they are."""
+    """Where parameters lie, or which they are where they have no memory of their own; dtypes."""
     try:
         places: list[Hashable] = list(map(Tensor.data_ptr, own))
     except RuntimeError:
