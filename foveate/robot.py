@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import CAPTURES, DriveSettings, reducer_of
+from .settings import DriveSettings, reducer_of
 from .show import progress_bars
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def load_policy(settings: DriveSettings) -> VLAPolicy:
 
     quiet()
     reducer = reducer_of(settings.reducer, **settings.settings)
-    return load(settings.model, reducer, settings.device, CAPTURES[settings.capture])
+    return load(settings.model, reducer, settings.device, settings.capture)
 
 
 @dataclass(frozen=True, slots=True)

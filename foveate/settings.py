@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from policies.graphs.wanted import Capture
 from stream.config import Config, load
 
 if TYPE_CHECKING:
     from stream.reducers.base import Reducer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-Capture = Literal["auto", "on", "off"]
-CAPTURES: dict[Capture, bool | None] = {"auto": None, "on": True, "off": False}
-"""Whether a model runs in fixed shapes, which a GPU replays as captured graphs; auto = on CUDA."""
 
 
 class AskConfig(Config):
@@ -42,7 +39,7 @@ class AskConfig(Config):
     decoder: Literal["pyav", "decord"] = "pyav"
     positions: Literal["keep", "renumber"] = "keep"
     encoder: Literal["exact", "merge", "skip"] = "exact"
-    capture: Literal["auto", "on", "off"] = "auto"
+    capture: Capture = "auto"
     runner: Literal["ray", "inline"] = "ray"
     device: str | None = None
     seed: int = 0

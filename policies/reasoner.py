@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from stream.signals import Signal, Signals
 
 from .adapter import VideoAdapter, adapter_for
 from .graphs.greedy import GreedySteps, Listener, Progress
+from .graphs.wanted import Capture, wanted
 from .hooks import Positions, ReductionHooks
 from .kvcache import branch
 from .live_cache import LiveCache
@@ -45,17 +46,13 @@ class Prompt:
     text_from: int
 
 
-Capture = Literal["auto", "on", "off"]
-"""Whether captured programs decode answers and, where the encoder allows it, encode: `auto` on
-CUDA, `on` everywhere (a CPU runs the programs as they stand), `off` nowhere. A shape is captured
-when it comes in a second request; an answer ends a request."""
-
-
 class VideoReasoner:
     """Encodes frames, and answers questions about reduced videos, with one transformers model.
 
     positions: `keep` lets a token stand where its anchor stood; `renumber` closes the gaps.
-    encoder: how the vision tower runs, see `policies.vision.lean`. capture: see `Capture`.
+    encoder: how the vision tower runs, see `policies.vision.lean`. capture: whether captured
+    programs decode answers and, where the encoder allows it, encode. A shape is captured when it
+    comes in a second request; an answer ends a request.
 
     For one thread at a time: an answer that begins while another one is under way is refused, and
     an encoding while another one is replayed.
@@ -82,7 +79,7 @@ class VideoReasoner:
         self._listener: Listener | None = None
         self._needs_saliency = any(Signal.SALIENCY in s.needs for s in reducer.stages)
         self._lean = self.adapter.lean(encoder)
-        captures = capture == "on" or (capture == "auto" and model.device.type == "cuda")
+        captures = wanted(capture, model.device)
         self._steps = GreedySteps.of(model, self.adapter.text_model) if captures else None
         captures = captures and not self.adapter.encoder_waits
         self._encoder = CapturedEncoder(self.adapter, self._needs_saliency) if captures else None

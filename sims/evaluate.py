@@ -240,7 +240,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     # Not captured: with every episode that ends a batch has another size.
-    policy, lock = load(args.model, device=args.device, capture=False), Lock()
+    policy, lock = load(args.model, device=args.device, capture="off"), Lock()
     if not isinstance(policy, OpenVLAPolicy):
         raise ConfigError(f"'{args.model}' cannot play in batches; `foveate drive` plays it alone.")
     todo = list(missing(cells, jobs, args.out, policy.spec.name))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from policies.graphs.wanted import Capture
 from stream.config import Config
 from stream.errors import ConfigError
 from stream.live.values import StreamConfig
@@ -38,7 +39,7 @@ class WatchConfig(Config):
     reducer: str = "holitom_outer"
     settings: dict[str, Any] = Field(default_factory=dict)
     positions: Literal["keep", "renumber"] = "keep"
-    capture: Literal["auto", "on", "off"] = "auto"
+    capture: Capture = "auto"
     runner: Literal["ray", "inline"] = "ray"
     device: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 16

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from policies.graphs.wanted import Capture
 from policies.reasoner import VideoReasoner
 from stream.config import Config
 from stream.live.session import Session
@@ -43,7 +44,7 @@ class ServeConfig(Config):
     retain: float = Field(default=0.15, gt=0, le=1)
     frames: int = Field(default=32, ge=1)
     positions: Literal["keep", "renumber"] = "keep"
-    capture: Literal["auto", "on", "off"] = "auto"
+    capture: Capture = "auto"
     device: str | None = None
     seed: int = 0
     limits: Limits = Limits()

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoProcessor, LlavaOnevisionVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+from policies.graphs.wanted import Capture
 from policies.models import in_the_box, load
-from policies.reasoner import Capture, VideoReasoner
+from policies.reasoner import VideoReasoner
 from stream.data import Budget, Frame
 from stream.memory import Memory
 from stream.pipeline import CHUNK_FRAMES, EncodedVideo, chunked, reduce_video, timed

@@ -66,7 +66,7 @@ class Held:
     row: int
 
 
-class Captured:
+class CapturedOpenVLA:
     """Passes of one network in fixed shapes; policies that share the network share them.
 
     The first pass of a shape captures it, which takes about three passes. A call that overlaps

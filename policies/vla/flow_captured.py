@@ -25,7 +25,7 @@ Like = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and dtypes of what a graph takes."""
 
 
-class Captured:
+class CapturedFlow:
     """Parts of a policy, under its pruning, in fixed shapes; what runs is lerobot's own code.
 
     The first call of a shape captures it, which takes about three calls. A call that overlaps

@@ -22,10 +22,11 @@ from stream.memory import Memory
 from stream.reducers.base import Reducer
 from stream.reducers.identity import Identity
 
+from ..graphs.wanted import Capture, wanted
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
 from .families import family_of
 from .flow import FlowPruning, FlowSteps, Inference, Request
-from .flow_captured import Captured
+from .flow_captured import CapturedFlow
 from .flow_family import FlowFamily, Seen
 
 STEP_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -56,8 +57,7 @@ class FlowPolicy(VLAPolicy):
     """A lerobot flow policy and the reducer it is pruned by.
 
     preprocess, postprocess: lerobot's own pipelines of this policy. dt_s: control period, which
-    lerobot's checkpoints do not tell. capture: run in fixed shapes, which a GPU replays as
-    captured graphs; None = on CUDA.
+    lerobot's checkpoints do not tell. capture: whether it runs in fixed shapes.
 
     For one thread at a time: a call that overlaps another is refused with AttachError where it
     would mix into it.
@@ -75,15 +75,15 @@ class FlowPolicy(VLAPolicy):
         *,
         name: str = "",
         dt_s: float = 1 / 30,
-        capture: bool | None = None,
+        capture: Capture = "auto",
     ) -> None:
         self._family: FlowFamily = family_of(policy)
         self._preprocess, self._postprocess = preprocess, postprocess
         self._pruning = FlowPruning(self._family, reducer or Identity(), look=True)
         self.device = next(policy.parameters()).device
         config, family = policy.config, self._family
-        wanted = self.device.type == "cuda" if capture is None else capture
-        self.captured = Captured(family, self._pruning, self.device) if wanted else None
+        captures = wanted(capture, self.device)
+        self.captured = CapturedFlow(family, self._pruning, self.device) if captures else None
         self._keys = {
             key.removeprefix("observation.").removeprefix("images."): key for key in family.cameras
         }
@@ -112,7 +112,7 @@ class FlowPolicy(VLAPolicy):
             reducer,
             name=self._spec.name,
             dt_s=self._spec.dt_s,
-            capture=self.captured is not None,
+            capture="off" if self.captured is None else "on",
         )
 
     @torch.inference_mode()
@@ -188,7 +188,7 @@ class FlowPolicy(VLAPolicy):
         return ActionChunk(chunk, held.observation.time_s), attention
 
     def _prefill(self, request: Request, *prefix: Tensor) -> tuple[Any, Inference]:
-        """As `Captured.prefill`, kernel by kernel."""
+        """As `CapturedFlow.prefill`, kernel by kernel."""
         with self._pruning as pruning:
             pruning.expect(request)
             cache = self._family.prefill(*prefix)
@@ -197,7 +197,7 @@ class FlowPolicy(VLAPolicy):
         return cache, inference
 
     def _flow(self, steps: FlowSteps, noise: Tensor, count: int, *prefix: Any) -> Tensor:
-        """As `Captured.flow`, kernel by kernel."""
+        """As `CapturedFlow.flow`, kernel by kernel."""
         from lerobot.policies.common.flow_matching import euler_integrate
 
         with self._pruning as pruning:
@@ -240,7 +240,7 @@ def load(
     name: str,
     reducer: Reducer | None = None,
     device: str | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
 ) -> FlowPolicy:
     """A policy from a checkpoint folder or hub name of lerobot, by lerobot's own loaders.
 

@@ -10,6 +10,7 @@ from typing import Any
 from stream.errors import AttachError
 from stream.reducers.base import Reducer
 
+from ..graphs.wanted import Capture
 from ..models import in_the_box
 from .base import VLAPolicy
 from .families import FAMILIES
@@ -26,13 +27,13 @@ def load(
     name: str,
     reducer: Reducer | None = None,
     device: str | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
 ) -> VLAPolicy:
     """A robot policy, pruned by a reducer.
 
     name: of a policy in the box, a folder, or a hub name. device: default is CUDA where there is
-    one. capture: run in fixed shapes, which a GPU replays as captured graphs; None = on CUDA, where
-    the policy can. Raises AttachError for what cannot be loaded.
+    one. capture: whether it runs in fixed shapes, where it can. Raises AttachError for what cannot
+    be loaded.
     """
     where = str(in_the_box("robot").get(name, name))
     config = _config(where)

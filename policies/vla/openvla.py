@@ -30,11 +30,12 @@ from stream.signals import Signal, Signals
 from ..action_attention import ActionAttention
 from ..fit import check_fit
 from ..graphs.staged import Prefilled
+from ..graphs.wanted import Capture, wanted
 from ..hooks import INSIDE, ReductionHooks
 from ..prefill import Prefill, VideoSpan
 from . import reusing
 from .base import PolicySpec, Prefix, Scene, VLAPolicy
-from .captured import Captured, Held, Parts
+from .captured import CapturedOpenVLA, Held, Parts
 from .openvla_model import OpenVLA
 from .prompts import Prompts
 
@@ -46,7 +47,8 @@ class OpenVLAPolicy(VLAPolicy):
     observations have the same cameras; the other methods are batches of one.
 
     tokenizer: of transformers; it puts BOS first.
-    capture: run in fixed shapes, which a GPU replays as captured graphs; None = on CUDA.
+    capture: whether it runs in fixed shapes. captured: those of a policy of the same network, to
+        share; `capture` decides nothing then.
 
     For one thread at a time, over all policies that share a network: a call that overlaps another
     is refused with AttachError where it would mix into it.
@@ -58,7 +60,8 @@ class OpenVLAPolicy(VLAPolicy):
         tokenizer: Any,
         reducer: Reducer | None = None,
         name: str = "openvla",
-        capture: bool | None = None,
+        capture: Capture = "auto",
+        captured: CapturedOpenVLA | None = None,
     ) -> None:
         model.train(False)
         self.model, self.tokenizer = model, tokenizer
@@ -81,8 +84,9 @@ class OpenVLAPolicy(VLAPolicy):
         self._hooks = ReductionHooks(model.language_model, layers, stages, "keep")
         pruner = self.reducer if isinstance(self.reducer, VLAPruner) else VLAPruner()
         self._parts = Parts.of(stages, len(layers), pruner.action_layers(len(layers)))
-        wanted = self.device.type == "cuda" if capture is None else capture
-        self.captured = Captured(model) if wanted else None
+        if captured is None and wanted(capture, self.device):
+            captured = CapturedOpenVLA(model)
+        self.captured = captured
         self._texts: dict[str, Tensor] = {}
         self._places_of: dict[tuple[str, ...], Tensor] = {}
 
@@ -97,9 +101,8 @@ class OpenVLAPolicy(VLAPolicy):
         return self._spec
 
     def pruned_by(self, reducer: Reducer) -> OpenVLAPolicy:
-        pruned = OpenVLAPolicy(self.model, self.tokenizer, reducer, self._spec.name, capture=False)
-        pruned.captured = self.captured
-        return pruned
+        given = self.model, self.tokenizer, reducer, self._spec.name
+        return OpenVLAPolicy(*given, capture="off", captured=self.captured)
 
     def encode(self, observation: Observation) -> Scene:
         return self.encode_batch([observation])[0]
@@ -363,7 +366,7 @@ def load(
     name: str,
     reducer: Reducer | None = None,
     device: str | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
 ) -> OpenVLAPolicy:
     """A policy from a folder or hub name to which the network and its tokenizer were saved.
 

@@ -11,9 +11,10 @@ import torch
 
 from policies.graphs import greedy
 from policies.graphs.continuation import Continuation
+from policies.graphs.wanted import Capture
 from policies.hooks import Positions
 from policies.models import load
-from policies.reasoner import Capture, VideoReasoner
+from policies.reasoner import VideoReasoner
 from stream.data import Budget
 from stream.errors import AttachError
 from stream.memory import Memory

@@ -99,7 +99,7 @@ def test_a_reasoner_goes_with_its_model(method: str) -> None:
 
 @pytest.mark.usefixtures("uncollected")
 def test_a_policy_goes_with_its_network_and_a_decoder_with_its_buffers() -> None:
-    policy = openvla_parts.policy("parallel", build_reducer("fastv", layer=1), capture=True)
+    policy = openvla_parts.policy("parallel", build_reducer("fastv", layer=1), capture="on")
     assert policy.captured is not None
     observation = openvla_parts.observation(0)
     prefix = policy.prefill(policy.encode(observation), Budget(8), Memory())
@@ -122,7 +122,7 @@ def test_a_policy_goes_with_its_network_and_a_decoder_with_its_buffers() -> None
 def test_a_flow_policy_goes_with_its_network(kind: str) -> None:
     own: Any = lerobot_models.BUILDERS[kind]()
     parts = own, *lerobot_models.processors(own)
-    policy = FlowPolicy(*parts, build_reducer("vla_pruner"), capture=True)
+    policy = FlowPolicy(*parts, build_reducer("vla_pruner"), capture="on")
     assert policy.captured is not None
     policy.act(policy.prefill(policy.encode(observed()), Budget(9), Memory()), observed())
     step, section = policy.captured.steps.values()[0], policy.captured.sections.values()[0]

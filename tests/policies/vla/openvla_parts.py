@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policies.graphs.wanted import Capture
 from policies.vla.openvla import OpenVLAPolicy
 from policies.vla.openvla_model import OpenVLA, OpenVLAConfig
 from policies.vla.tiny.modeling import make_tokenizer
@@ -78,7 +79,7 @@ def network(head: str, **changes: Any) -> OpenVLA:
 def policy(
     head: str,
     reducer: Reducer | None = None,
-    capture: bool | None = None,
+    capture: Capture = "auto",
     device: str = "cpu",
     **changes: Any,
 ) -> OpenVLAPolicy:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from policies.graphs.capture import GraphPool, Program
 from policies.graphs.staged import Prefilled
+from policies.graphs.wanted import Capture
 from policies.vla import captured
 from policies.vla.openvla import OpenVLAPolicy
 from sims.calibration import warm
@@ -27,6 +28,7 @@ from stream.registry import build_reducer
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla.openvla_parts import observation, policy
 
+CAPTURES: tuple[Capture, ...] = ("on", "off")
 HEADS = ("parallel", "autoregressive")
 REDUCERS: list[tuple[str, dict[str, Any]]] = [
     ("identity", {}),
@@ -78,7 +80,7 @@ def test_an_episode_is_the_same(head: str, name: str, settings: dict[str, Any]) 
     missing = (None, None, None, None, "wrist", None, "scene")
     seen = [observation(i, text=i % 2, missing=m, time_s=0.1 * i) for i, m in enumerate(missing)]
     budgets = (8, 8, 32, 5, 8, 1, 8)
-    fixed, stock = policy(head, reducer, True), policy(head, reducer, False)
+    fixed, stock = policy(head, reducer, "on"), policy(head, reducer, "off")
     check(episode(fixed, seen, budgets), episode(stock, seen, budgets))
 
 
@@ -92,7 +94,7 @@ def test_one_camera_and_no_state(head: str) -> None:
     }
     seen = [observation(i, time_s=0.1 * i) for i in range(3)]
     reducer = VLAPruner(layer=1)
-    both = [policy(head, reducer, capture, **changes) for capture in (True, False)]
+    both = [policy(head, reducer, capture, **changes) for capture in CAPTURES]
     check(*(episode(one, seen, (16, 4, 4)) for one in both))
 
 
@@ -105,7 +107,7 @@ def test_shapes_are_built_once_and_shared(monkeypatch: pytest.MonkeyPatch) -> No
         init(self, pool, name, *given)
 
     monkeypatch.setattr(Program, "__init__", counted)
-    one = policy("autoregressive", VLAPruner(layer=2), capture=True)
+    one = policy("autoregressive", VLAPruner(layer=2), capture="on")
     other = one.pruned_by(VLAPruner(layer=2, mode="paper"))
     seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(6)]
     episode(one, seen[:4], (8, 32, 20, 16))
@@ -120,7 +122,7 @@ def test_shapes_are_built_once_and_shared(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("head", HEADS)
 def test_prefixes_of_two_episodes_are_acted_from_in_any_order(head: str) -> None:
-    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in (True, False))
+    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in CAPTURES)
     seen = [observation(i, time_s=0.1 * i) for i in range(4)]
     prefixes, expected = [], []
     for i, observed in enumerate(seen):
@@ -140,7 +142,7 @@ def test_replayed_operators_do_without_python(
     head: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captured, "GraphPool", TapedPool)
-    fixed, stock = (policy(head, build_reducer(name, **settings), c) for c in (True, False))
+    fixed, stock = (policy(head, build_reducer(name, **settings), c) for c in CAPTURES)
     assert fixed.captured is not None
     budgets = (8, 32, 8, 5, 8, 5)
     graphs = []
@@ -152,7 +154,7 @@ def test_replayed_operators_do_without_python(
 
 
 def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> None:
-    one = policy("parallel", VLAPruner(layer=2), capture=True)
+    one = policy("parallel", VLAPruner(layer=2), capture="on")
     assert one.captured is not None
     seen = [observation(i, text=i) for i in range(2)]
     prefixes = one.prefill_batch(one.encode_batch(seen), Budget(8), [Memory(), Memory()], [0, 0])
@@ -165,7 +167,7 @@ def test_instructions_of_different_lengths_are_acted_from_as_they_stand() -> Non
 
 
 def test_of_many_shapes_the_longest_unused_goes() -> None:
-    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in (True, False))
+    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in CAPTURES)
     assert one.captured is not None
     held = []
     for batch in (1, 2, 3, 1, 4, 5, 6):
@@ -184,7 +186,7 @@ def test_of_many_shapes_the_longest_unused_goes() -> None:
 
 def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies pruned otherwise share the buffers."""
-    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in (True, False))
+    one, stock = (policy("parallel", VLAPruner(layer=2), capture) for capture in CAPTURES)
     other, seen = one.pruned_by(VLAPruner(layer=2, mode="paper")), observation(1)
     scene = other.encode(seen)
     held = other.prefill(scene, Budget(8), Memory())
@@ -215,7 +217,7 @@ def test_behind_a_warm_start_nothing_is_captured(
     head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captured, "GraphPool", TapedPool)
-    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in (True, False))
+    one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in CAPTURES)
     assert one.captured is not None
     warm(one, observation(), (8, 32))
     pool = one.captured.pool
@@ -230,8 +232,8 @@ def test_behind_a_warm_start_nothing_is_captured(
 
 def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:
     assert policy("parallel").captured is None
-    assert policy("parallel", capture=False).captured is None
-    assert policy("parallel", capture=True).captured is not None
+    assert policy("parallel", capture="off").captured is None
+    assert policy("parallel", capture="on").captured is not None
 
 
 @pytest.mark.gpu
@@ -240,7 +242,7 @@ def test_capturing_is_for_cuda_unless_it_is_asked_for() -> None:
 def test_graphs_act_as_the_network_does(head: str, reducer: Any) -> None:
     seen = [observation(i, text=i % 2, time_s=0.1 * i) for i in range(6)]
     budgets = (8, 8, 32, 8, 5, 8)
-    both = [policy(head, reducer, capture, device="cuda") for capture in (True, False)]
+    both = [policy(head, reducer, capture, device="cuda") for capture in CAPTURES]
     check(*(episode(one, seen, budgets) for one in both), within=1e-4)
     assert both[0].captured is not None
     pool = both[0].captured.pool

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from policies.graphs.constants import Constants
+from policies.graphs.wanted import Capture
 from policies.vla import flow_captured
 from policies.vla.flow import FlowPruning, FlowSteps
-from policies.vla.flow_captured import Captured
+from policies.vla.flow_captured import CapturedFlow
 from policies.vla.flow_policy import FlowPolicy
 from stream.data import Budget, Observation
 from stream.errors import AttachError
@@ -34,6 +35,7 @@ from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, PER_CAMERA
 from tests.policies.vla.test_flow_policy import observed
 
 N = len(CAMERAS) * PER_CAMERA
+CAPTURES: tuple[Capture, ...] = ("on", "off")
 KINDS = sorted(BUILDERS)
 EYE, SECTIONS, STEPS = 1, 3, 2
 """Graphs of one size of pictures and two budgets: in front of the layer that prunes there is one
@@ -63,7 +65,7 @@ def acted(
 def both(parts: Any, reducer: Reducer | None = None) -> tuple[FlowPolicy, FlowPolicy]:
     """The same policy in fixed shapes and kernel by kernel."""
     policy, before, after = parts
-    fixed, stock = (FlowPolicy(policy, before, after, reducer, capture=c) for c in (True, False))
+    fixed, stock = (FlowPolicy(policy, before, after, reducer, capture=c) for c in CAPTURES)
     assert fixed.captured is not None
     assert stock.captured is None
     return fixed, stock
@@ -316,9 +318,9 @@ class Copied(TorchDispatchMode):
 
 
 @pytest.fixture
-def valueless(parts: Any) -> tuple[Captured, FlowSteps, list[Any]]:
+def valueless(parts: Any) -> tuple[CapturedFlow, FlowSteps, list[Any]]:
     """A pruned prefix without values: only its shapes are known."""
-    stock = FlowPolicy(*parts, build_reducer("vla_pruner", layer=3), capture=False)
+    stock = FlowPolicy(*parts, build_reducer("vla_pruner", layer=3), capture="off")
     prefix = stock.prefill(stock.encode(observed()), Budget(9), Memory())
     held = prefix.cache
     policy = copy.deepcopy(parts[0]).to("meta")
@@ -334,13 +336,13 @@ def valueless(parts: Any) -> tuple[Captured, FlowSteps, list[Any]]:
     family = type(stock._family)(policy)
     pruning = FlowPruning(family, build_reducer("vla_pruner", layer=3), look=True)
     beside = [t.to("meta") for t in stock._family.beside(stock._batch(observed(), ()))]
-    flow = Captured(family, pruning, torch.device("meta"))
+    flow = CapturedFlow(family, pruning, torch.device("meta"))
     return flow, steps, [held.padding.to("meta"), cache, *beside]
 
 
 @torch.inference_mode()
 def test_no_value_is_asked_for_and_none_comes_from_the_host(
-    valueless: tuple[Captured, FlowSteps, list[Any]],
+    valueless: tuple[CapturedFlow, FlowSteps, list[Any]],
 ) -> None:
     flow, steps, prefix = valueless
     noise = models.noise().to("meta")

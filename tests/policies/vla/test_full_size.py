@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from policies.attach import attach
+from policies.graphs.wanted import Capture
 from policies.vla.base import VLAPolicy
 from policies.vla.flow_policy import FlowPolicy
 from policies.vla.openvla import OpenVLAPolicy
@@ -100,7 +101,7 @@ def steps_ms(
 
 def check_captured(
     name: str,
-    build: Callable[[bool], OpenVLAPolicy | FlowPolicy],
+    build: Callable[[Capture], OpenVLAPolicy | FlowPolicy],
     px: int,
     repeats: int,
     capsys: pytest.CaptureFixture[str],
@@ -111,10 +112,10 @@ def check_captured(
     build: the policy, captured or not. px: side of its pictures.
     """
     lines, largest = [f"{name}, random weights, n = {repeats}:"], 0.0
-    n = build(False).spec.grid.size
+    n = build("off").spec.grid.size
     for tokens in (n, n // 4):
         answers = []
-        for capture in (False, True):
+        for capture in ("off", "on"):
             one = build(capture)
             times_ms, actions = steps_ms(one, px, tokens, repeats)
             answers.append(actions)
@@ -146,7 +147,7 @@ def test_openvla_on_the_gpu(shape: dict[str, Any], capsys: pytest.CaptureFixture
         torch.set_default_dtype(default)
     tokenizer = make_tokenizer([TEXT])
 
-    def build(capture: bool) -> OpenVLAPolicy:
+    def build(capture: Capture) -> OpenVLAPolicy:
         return OpenVLAPolicy(model, tokenizer, VLAPruner(), capture=capture)
 
     name = f"OpenVLA, {model.config.head}, {model.device}"
@@ -161,7 +162,7 @@ def test_flow_policies_on_the_gpu(kind: str, capsys: pytest.CaptureFixture[str])
         policy = models.full_size(kind, "cuda")
     parts = policy, *models.processors(policy)
 
-    def build(capture: bool) -> FlowPolicy:
+    def build(capture: Capture) -> FlowPolicy:
         return FlowPolicy(*parts, VLAPruner(), capture=capture)
 
     assert check_captured(f"{kind}, cuda", build, 224, 20, capsys) < 0.05

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from policies.attach import attach
+from policies.graphs.wanted import Capture
 from policies.vla import load
 from policies.vla.openvla import OpenVLAPolicy
 from policies.vla.openvla_model import OpenVLA, openvla_7b
@@ -90,11 +91,11 @@ def test_keeping_all_is_bit_equal_to_the_bare_network(head: str, name: str, sett
     assert np.array_equal(plainly(one, seen).numpy(), expected)
 
 
-@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("capture", ["off", "on"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("name", "settings"), PRUNERS)
 def test_dropping_equals_the_mask_oracle(
-    head: str, name: str, settings: dict, capture: bool
+    head: str, name: str, settings: dict, capture: Capture
 ) -> None:
     reducer = build_reducer(name, **settings)
     one, memory = policy(head, reducer, capture), Memory()
@@ -113,9 +114,9 @@ def test_dropping_equals_the_mask_oracle(
     assert (attention[prefix.plan.anchor] > 0).all()
 
 
-@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("capture", ["off", "on"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_batch_equals_its_episodes_one_by_one(head: str, capture: bool) -> None:
+def test_a_batch_equals_its_episodes_one_by_one(head: str, capture: Capture) -> None:
     one = policy(head, VLAPruner(layer=2), capture)
     alone, together = [Memory(seed=i) for i in range(3)], [Memory(seed=i) for i in range(3)]
     for step in range(3):
@@ -133,8 +134,8 @@ def test_a_batch_equals_its_episodes_one_by_one(head: str, capture: bool) -> Non
             assert torch.allclose(looked, attention[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("capture", [False, True])
-def test_interleaved_episodes_do_not_touch_each_other(capture: bool) -> None:
+@pytest.mark.parametrize("capture", ["off", "on"])
+def test_interleaved_episodes_do_not_touch_each_other(capture: Capture) -> None:
     one = policy("parallel", VLAPruner(layer=2), capture)
     alone = [[run(one, observation(10 * e + s), Budget(8), m) for s in range(4)]
              for e, m in enumerate((Memory(), Memory()))]  # fmt: skip
@@ -145,9 +146,9 @@ def test_interleaved_episodes_do_not_touch_each_other(capture: bool) -> None:
             assert np.array_equal(actions, alone[episode][step])
 
 
-@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("capture", ["off", "on"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_missing_camera_equals_a_hidden_one(head: str, capture: bool) -> None:
+def test_a_missing_camera_equals_a_hidden_one(head: str, capture: Capture) -> None:
     one = policy(head, capture=capture)
     for missing, first in (("scene", 1), ("wrist", 17)):
         seen = observation(missing=missing)
@@ -159,8 +160,8 @@ def test_a_missing_camera_equals_a_hidden_one(head: str, capture: bool) -> None:
         assert np.abs(actions - expected.numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("capture", [False, True])
-def test_a_camera_that_drops_out_and_returns_keeps_its_past(capture: bool) -> None:
+@pytest.mark.parametrize("capture", ["off", "on"])
+def test_a_camera_that_drops_out_and_returns_keeps_its_past(capture: Capture) -> None:
     one, memory = policy("parallel", VLAPruner(layer=2), capture), Memory()
     for step, missing in enumerate((None, "wrist", None)):
         seen = observation(step, missing=missing, time_s=0.1 * step)
@@ -186,9 +187,9 @@ def test_an_inference_from_before_a_reset_is_not_remembered() -> None:
     assert memory.state[STATE].glances == ()
 
 
-@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("capture", ["off", "on"])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_prefix_can_be_acted_from_again_with_a_newer_state(head: str, capture: bool) -> None:
+def test_a_prefix_can_be_acted_from_again_with_a_newer_state(head: str, capture: Capture) -> None:
     one = policy(head, VLAPruner(layer=2), capture)
     seen = observation()
     newer = Observation(seen.images, seen.state + 1, seen.instruction, 0.1)
