@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import repeat
 from operator import attrgetter, contains
 from typing import Any
 
 from torch import Tensor, nn
 
+IDLE = "transformers.utils.output_capturing"
+"""Its hooks stay for good once hidden states were asked for, and do nothing when they are not."""
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether something else than its own forward runs when it is called."""
-    more = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return bool(more)
+    both = (module._forward_hooks, module._forward_pre_hooks)
+    return any(map(_at_work, both)) or "forward" in module.__dict__
 
 
 class Footing:
@@ -56,13 +59,17 @@ class Footing:
         """Whether it lies on one device, and no module of it has a hook or another forward: a
         replay runs neither."""
         replaced = any(map(contains, self._replaced, repeat("forward")))
-        return len(self._devices) == 1 and not replaced and not any(self._hooks)
+        return len(self._devices) == 1 and not replaced and not any(map(_at_work, self._hooks))
 
     def _children_now(self) -> list[nn.Module | None]:
         return [child for children in self._parents for child in children.values()]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for owned in self._owners for p in owned.values() if p is not None]
+
+
+def _at_work(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    return any(getattr(hook, "__module__", None) != IDLE for hook in hooks.values())
 
 
 def _places(own: list[Any]) -> tuple[list[Hashable], list[Hashable]]:

@@ -16,6 +16,7 @@ from policies.graphs.layer import LeanLayer, lean
 
 from ..test_reasoner import family
 from .taped import TapedPool
+from .test_decoder import parts
 from .test_greedy import QUESTIONS, Pair
 
 
@@ -130,3 +131,17 @@ def test_what_changes_in_place_moves_nothing() -> None:
     assert footing.holds()
     model[1][1].half()
     assert not footing.holds()
+
+
+@torch.inference_mode()
+def test_hooks_of_transformers_that_do_nothing_do_not_count() -> None:
+    """They stay once hidden states were asked for."""
+    text_model, head = parts("llama")
+    footing = Footing(lambda: (text_model, head))
+    text_model(inputs_embeds=torch.randn(1, 3, 64), output_hidden_states=True)
+    assert any(module._forward_hooks for module in text_model.modules())
+    assert footing.holds()
+    assert footing.is_plain
+    assert isinstance(lean(text_model.layers[0]), LeanLayer)
+    text_model.layers[0].register_forward_hook(lambda module, args, said: said)
+    assert not footing.is_plain
