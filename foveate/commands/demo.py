@@ -74,6 +74,11 @@ def demo(folder: Path, runner: str, as_json: bool) -> None:
     heads = [f"{method} {retain:.0%}" for method, retain in SHARES]
     out.print(table(str(video), ("question", "truth", *heads), lines))
     out.print(table("Cost", list(costs[0]), [list(c.values()) for c in costs]))
+    out.print(
+        "HoliTom merges inside the model too, by what each question looks at, so it prefills every "
+        "question anew; with the others all questions share one prefill.",
+        soft_wrap=True,
+    )
     out.print(f"where the tokens went: {picture}")
 
 
