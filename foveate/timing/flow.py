@@ -1,7 +1,8 @@
 """A control step of a flow policy: pictures and words are a prefix, an expert flows over its cache.
 
 Shapes are those of the policies, weights are random. What the time of a step hangs on is there:
-all linear layers, norms and attention. Padding masks are not, and actions see each other whole.
+all linear layers, norms and attention. Padding masks are not, and actions see each other whole; a
+state in front of them does not see them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from policies.vision.layout import lay_out_patches
@@ -27,9 +29,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """width, mlp: of the expert; its heads are those of the prefix. actions: of each of the
-    `chunk` steps. crossing: every so many layers are joint, the others only look at the prefix,
-    whose keys and values they project anew in each flow step; 1 = all are joint.
+    """width, mlp: of the expert; its heads and its activation are those of the prefix. actions: of
+    each of the `chunk` steps. state: numbers of the robot's state, one more token in front of the
+    actions; 0 = the prefix holds it. crossing: every so many layers are joint, the others only look
+    at the prefix, whose keys and values they project anew in each flow step; 1 = all are joint.
     modulated: the flow time scales the norms, instead of being an input beside the actions.
     """
 
@@ -38,15 +41,22 @@ class ExpertShape:
     actions: int = 32
     chunk: int = 50
     steps: int = 10
+    state: int = 0
     crossing: int = 1
     modulated: bool = False
+
+    @property
+    def first(self) -> int:
+        """Tokens in front of the actions."""
+        return int(self.state > 0)
 
 
 class FlowSubject(StepSubject):
     """SigLIP, a projector, a Llama- or Gemma-shaped prefix and the expert.
 
     shuffle: patches along each side of a square that become one token. The last place of the
-    text is the robot's state. noise: what the flow starts from, float32 [1, chunk, a].
+    text is the robot's state, where the expert has no token for it. noise: what the flow starts
+    from, float32 [1, chunk, a]. state: float32 [1, s], s = 0 where the prefix holds it.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class FlowSubject(StepSubject):
         generator = torch.Generator().manual_seed(NOISE_SEED)
         noise = torch.randn(1, expert.chunk, expert.actions, generator=generator)
         self.noise = noise.to(self.device)
+        self.state = torch.randn(1, expert.state, generator=generator).to(self.device)
 
     def pixels(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -91,28 +102,36 @@ class FlowSubject(StepSubject):
         squares = hidden.unflatten(1, (rows, k, rows, k)).transpose(2, 3)
         return (self._projector(squares.flatten(3).flatten(1, 2).flatten(2)).flatten(0, 1),)
 
-    def actions(self, noise: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    def actions(
+        self, noise: Tensor, state: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
         """All flow steps: float32 [b, chunk, a].
 
-        noise: float32 [b, chunk, a]; keys, values: of each layer of the prefix, [b, h, n, d], where
-        n may differ from layer to layer. The actions stand behind the unpruned prefix.
+        noise: float32 [b, chunk, a]; state: float32 [b, s]; keys, values: of each layer of the
+        prefix, [b, h, n, d], where n may differ from layer to layer. What the expert adds stands
+        behind the unpruned prefix.
         """
-        shape, rotary = self.expert.shape, self.rotary(keys[0])
-        for step in range(shape.steps):
-            time = torch.full((len(noise),), 1 - step / shape.steps, device=noise.device)
-            noise = noise - self.expert(noise, time, rotary, keys, values).float() / shape.steps
+        expert, rotary = self.expert, self.rotary(keys[0])
+        mask = expert.mask(max(key.shape[2] for key in keys))
+        for step in range(expert.shape.steps):
+            time = torch.full((len(noise),), 1 - step / expert.shape.steps, device=noise.device)
+            velocity = expert(noise, state, time, rotary, mask, keys, values)
+            noise = noise - velocity.float() / expert.shape.steps
         return noise
 
     def rotary(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the actions' places, [1, chunk, head], of the type of a tensor."""
+        """cos and sin of the state's place, if it has one, and of the actions', [1, n, head], of
+        the type of a tensor."""
         first = self.prompt.before + self.grid.size + self.prompt.after
-        places = first + torch.arange(self.expert.shape.chunk, device=like.device)
+        added = self.expert.shape.first + self.expert.shape.chunk
+        places = first + torch.arange(added, device=like.device)
         cos, sin = self.text_model.rotary_emb(like, places[None])
         return cos, sin
 
     def action_flops(self, seen: Sequence[int], once: bool = False) -> float:
         """Operations of `actions`. seen: places of the prefix in each layer. once: of what no flow
-        step changes, the prefix is projected once and the rest known before."""
+        step changes, the prefix is projected and the state goes through once, and the rest is known
+        before."""
         return self.expert.flops(seen, once)
 
     def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
@@ -132,13 +151,16 @@ class FlowSubject(StepSubject):
 
 
 class _Expert(nn.Module):
-    """(noisy actions [b, s, a], time [b], rotary tables, cache of the prefix) -> velocity."""
+    """(noisy actions [b, s, a], state, time [b], rotary tables, mask, cache of the prefix) ->
+    velocity [b, s, a]"""
 
     def __init__(self, shape: ExpertShape, prefix: Any) -> None:
         super().__init__()
         self.shape = shape
+        self._groups = int(prefix.num_attention_heads) // int(prefix.num_key_value_heads)
         width = shape.width
         self.enter = nn.Linear(shape.actions, width)
+        self.state = nn.Linear(shape.state, width) if shape.state else None
         inputs = width if shape.modulated else 2 * width
         self.time = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
         self.layers = nn.ModuleList(
@@ -151,8 +173,10 @@ class _Expert(nn.Module):
     def forward(
         self,
         noisy: Tensor,
+        state: Tensor,
         time: Tensor,
         rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> Tensor:
@@ -162,32 +186,45 @@ class _Expert(nn.Module):
             when = F.silu(self.time(when))
         else:
             x = self.time(torch.cat([x, when.expand_as(x)], -1))
+        if self.state is not None:
+            x = torch.cat([self.state(state.to(x.dtype))[:, None], x], 1)
         for layer, key, value in zip(self.layers, keys, values, strict=True):
-            x = layer(x, when, rotary, key, value)
-        velocity: Tensor = self.leave(self.norm(x, when)[0])
+            x = layer(x, when, rotary, mask, key, value)
+        velocity: Tensor = self.leave(self.norm(x, when)[0][:, self.shape.first :])
         return velocity
+
+    def mask(self, seen: int) -> Tensor | None:
+        """Who may look where: bool [groups * n, seen + n] for the n added tokens, once for each
+        query head of a group, behind up to `seen` places; None where all see all."""
+        shape = self.shape
+        if not shape.first:
+            return None
+        added = shape.first + shape.chunk
+        mask = torch.ones(added, seen + added, dtype=torch.bool, device=self.enter.weight.device)
+        mask[: shape.first, seen + shape.first :] = False
+        return mask.repeat(self._groups, 1)
 
     def flops(self, seen: Sequence[int], once: bool) -> float:
         shape, layers = self.shape, cast(Any, self.layers)
-        each = shared = modulation = 0.0
+        first = 2.0 * linear_weights(self.state) if self.state is not None else 0.0
+        acted = projected = modulation = 0.0
         for layer, places in zip(layers, seen, strict=True):
-            others = sum(map(linear_weights, (layer.query, layer.out, layer.mlp)))
-            projections = 2.0 * (linear_weights(layer.key) + linear_weights(layer.value))
-            looked = places + shape.chunk if layer.joint else places
-            each += 2.0 * shape.chunk * (others + 2.0 * layer.out.in_features * looked)
-            each += shape.chunk * projections if layer.joint else 0.0
-            shared += 0.0 if layer.joint else places * projections
+            added = shape.first + shape.chunk
+            acted += layer.flops(shape.chunk, places, added)
+            first += layer.flops(shape.first, places, shape.first if once else added)
+            if not layer.joint:
+                projected += 2.0 * places * sum(map(linear_weights, (layer.key, layer.value)))
             modulation += 2.0 * sum(map(linear_weights, layer.norms))
         modulation += 2.0 * linear_weights(self.norm)
-        each += 2.0 * shape.chunk * (linear_weights(self.enter) + linear_weights(self.leave))
+        acted += 2.0 * shape.chunk * (linear_weights(self.enter) + linear_weights(self.leave))
         time = 2.0 * linear_weights(self.time)
         if shape.modulated:
             modulation += time
         else:
-            each += shape.chunk * time
+            acted += shape.chunk * time
         if once:
-            return float(shape.steps * each + shared)
-        return float(shape.steps * (each + shared + modulation))
+            return float(shape.steps * acted + projected + first)
+        return float(shape.steps * (acted + projected + first + modulation))
 
 
 class _ExpertLayer(nn.Module):
@@ -201,11 +238,17 @@ class _ExpertLayer(nn.Module):
             nn.Linear(width if joint else held, held, bias=False) for _ in range(2)
         )
         self.out = nn.Linear(inside, width, bias=False)
-        self.mlp = _Gated(width, shape.mlp, F.gelu if shape.modulated else F.silu)
+        self.mlp = _Gated(width, shape.mlp, ACT2FN[prefix.hidden_act])
         self.norms = nn.ModuleList(_Norm(width, shape.modulated) for _ in range(2))
 
     def forward(
-        self, x: Tensor, when: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        when: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        key: Tensor,
+        value: Tensor,
     ) -> Tensor:
         h, gate = self.norms[0](x, when)
         query = self.query(h).unflatten(-1, (-1, self.size)).transpose(1, 2)
@@ -218,11 +261,19 @@ class _ExpertLayer(nn.Module):
             key, value = self.projected(key, value)
         b, _, rows, size = query.shape
         groups = query.reshape(b, key.shape[1], -1, size)
-        seen = F.scaled_dot_product_attention(groups, key, value).reshape(b, -1, rows, size)
+        mask = mask[:, -key.shape[2] :] if self.joint and mask is not None else None
+        seen = F.scaled_dot_product_attention(groups, key, value, attn_mask=mask)
+        seen = seen.reshape(b, -1, rows, size)
         x = x + gate * self.out(seen.transpose(1, 2).flatten(2))
         h, gate = self.norms[1](x, when)
         moved: Tensor = x + gate * self.mlp(h)
         return moved
+
+    def flops(self, rows: int, places: int, added: int) -> float:
+        """Of `rows` tokens that look at `places` of the prefix, and at `added` others if joint."""
+        looked = places + added * self.joint
+        own = [self.query, self.out, self.mlp, *([self.key, self.value] if self.joint else [])]
+        return 2.0 * rows * (sum(map(linear_weights, own)) + 2.0 * self.out.in_features * looked)
 
     def projected(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values as a layer that is not joint sees them, [b, h, n, d]."""
@@ -235,7 +286,7 @@ class _ExpertLayer(nn.Module):
 
 
 class _Gated(nn.Module):
-    def __init__(self, width: int, inside: int, activation: Any) -> None:
+    def __init__(self, width: int, inside: int, activation: nn.Module) -> None:
         super().__init__()
         self.gate, self.up = (nn.Linear(width, inside, bias=False) for _ in range(2))
         self.down = nn.Linear(inside, width, bias=False)

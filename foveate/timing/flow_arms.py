@@ -26,9 +26,10 @@ class FlowEagerArm(EagerArm):
 
     def _acted(self, clock: StageClock, cache: Any) -> Tensor:
         noise = self.subject.noise.expand(self.batch, -1, -1)
+        state = self.subject.state.expand(self.batch, -1)
         with clock.stage("denoise"):
             keys, values = zip(*((held.keys, held.values) for held in cache.layers), strict=True)
-            self.said = self.subject.actions(noise, keys, values)
+            self.said = self.subject.actions(noise, state, keys, values)
         return self.said
 
 
@@ -48,23 +49,24 @@ class FlowFixedArm(FixedArm):
     ) -> None:
         super().__init__(subject, reducer, retain, batch, pool)
         self._noise = subject.noise.expand(batch, -1, -1)
+        self._state = subject.state.expand(batch, -1)
         text = self.bucket.before + self.bucket.after
         lengths = [n + text for n in self.layer_tokens]
         lean = LeanExpert(subject)
 
-        def denoise(noise: Tensor) -> tuple[Tensor]:
+        def denoise(noise: Tensor, state: Tensor) -> tuple[Tensor]:
             cache = self.decoder.cache
             keys, values = (
                 [held[:, :, :n] for held, n in zip(buffers, lengths, strict=True)]
                 for buffers in (cache.keys, cache.values)
             )
-            return (lean(noise, keys, values),)
+            return (lean(noise, state, keys, values),)
 
         self._denoise = Program(pool, f"The flow steps of {subject.name}", denoise)
 
     def _acted(self, clock: StageClock) -> Tensor:
         with clock.stage("denoise"):
-            (said,) = self._denoise(self._noise)
+            (said,) = self._denoise(self._noise, self._state)
         self.said = said.clone()
         return self.said
 

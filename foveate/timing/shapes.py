@@ -243,8 +243,9 @@ _ACTION: dict[str, tuple[bool, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class _FlowShape:
-    """shuffle: see `FlowSubject`. text: places of instruction and state. The prefix is made of
-    Llama's layers, which in Gemma's sizes do what Gemma's do."""
+    """shuffle: see `FlowSubject`. text: places of the instruction, and of the state where the
+    expert has no token for it. The prefix is made of Llama's layers, which in Gemma's sizes do what
+    Gemma's do."""
 
     vision: Size
     shuffle: int
@@ -255,6 +256,7 @@ class _FlowShape:
 
 _TINY_VISION: Size = {**SIGLIP_BASE, **TINY, "patch_size": 8, "image_size": 64}
 _TINY_PREFIX: Size = {**TINY, "vocab_size": 300, "head_dim": 16}
+_TINY_GEMMA: Size = {**_TINY_PREFIX, "num_key_value_heads": 1, "hidden_act": GEMMA_2B["hidden_act"]}
 _FLOW: dict[str, _FlowShape] = {
     "smolvla": _FlowShape(
         SIGLIP_BASE | {"image_size": 512},
@@ -262,6 +264,13 @@ _FLOW: dict[str, _FlowShape] = {
         SMOLVLM2_500M,
         49,
         ExpertShape(720, 2048, crossing=2),
+    ),
+    "pi0": _FlowShape(
+        SIGLIP_SO400M | {"image_size": 224},
+        1,
+        GEMMA_2B,
+        48,
+        ExpertShape(1024, 4096, state=32),
     ),
     "pi05": _FlowShape(
         SIGLIP_SO400M | {"image_size": 224},
@@ -277,10 +286,17 @@ _FLOW: dict[str, _FlowShape] = {
         9,
         ExpertShape(48, 96, chunk=5, steps=3, crossing=2),
     ),
+    "tiny-pi0": _FlowShape(
+        _TINY_VISION,
+        1,
+        _TINY_GEMMA,
+        9,
+        ExpertShape(32, 64, chunk=5, steps=3, state=7),
+    ),
     "tiny-pi05": _FlowShape(
         _TINY_VISION,
         1,
-        _TINY_PREFIX | {"num_key_value_heads": 1},
+        _TINY_GEMMA,
         9,
         ExpertShape(32, 64, chunk=5, steps=3, modulated=True),
     ),

@@ -27,7 +27,7 @@ from .footing import hooked
 from .joined import one_product
 
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
-_SILU = type(ACT2FN["silu"])
+SILU = type(ACT2FN["silu"])
 
 
 def lean(layer: nn.Module) -> Callable[..., Tensor]:
@@ -82,7 +82,7 @@ class LeanLayer:
         self._rotate = fused.rotate if fused else rotate
         self._add_norm = fused.add_norm if fused else add_norm
         self._gate = (
-            fused.silu_gate if fused and type(mlp.act_fn) is _SILU else partial(gated, mlp.act_fn)
+            fused.silu_gate if fused and type(mlp.act_fn) is SILU else partial(gated, mlp.act_fn)
         )
 
     def __call__(

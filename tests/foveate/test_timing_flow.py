@@ -13,7 +13,7 @@ from policies.graphs.capture import GraphPool
 from stream.memory import Memory
 from stream.registry import build_reducer
 
-MODELS = ("tiny-smolvla", "tiny-pi05")
+MODELS = ("tiny-smolvla", "tiny-pi0", "tiny-pi05")
 
 
 def subject(name: str) -> FlowSubject:
