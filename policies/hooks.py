@@ -164,6 +164,17 @@ class ReductionHooks:
         self._stack.close()
         self._expected = None
 
+    def hand_over(self) -> tuple[list[list[VideoSpan]], tuple[Reducer, ...]]:
+        """Detach; what was announced, and the stages inside the model, for somebody who prefills in
+        another way. No videos where nothing was."""
+        expected = self._expected
+        self.detach()
+        return ([], ()) if expected is None else (expected.rows, tuple(self._inside.values()))
+
+    def note(self, state: Prefill) -> None:
+        """What became of the videos that were handed over."""
+        self._prefill = state
+
     def _row_probe(self, layer: int, needs: frozenset[Signal]) -> Probe:
         def probe(attention: Attention) -> None:
             state = self._prefill

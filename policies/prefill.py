@@ -53,7 +53,7 @@ class Prefill:
     places of what entered layer 0, None while nothing left; length: how many; later: tokens seen
     since. alive: at a layer and after, indices into layer 0's sequence, long [b, n]; None while
     everything is alive. signals: by layer, for its stage. history: what `rows` was from a layer on.
-    shift: added to decode positions.
+    shift: added to decode positions. padding: places behind every prompt, in fixed shapes.
     """
 
     rows: list[list[VideoSpan]]
@@ -67,6 +67,7 @@ class Prefill:
     signals: dict[int, dict[Signal, Tensor]] = field(default_factory=dict)
     history: dict[int, list[list[VideoSpan]]] = field(default_factory=dict)
     shift: Tensor | None = None
+    padding: int = 0
     running: bool = True
 
     def reduce_before(self, reducer: Reducer, embeds: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Prefill:
         for layer in range(depth):
             kept = self.alive.get(layer)
             now = now if kept is None else kept.shape[1]
-            lengths.append(now)
+            lengths.append(now - self.padding)
         return lengths
 
     def _reduce(

@@ -125,7 +125,7 @@ class VideoReasoner:
         whole = inside or (alone and cached is None)
         steps = self._steps if self._steps and self._steps.ready() else None
         to_question = steps is not None or not alone
-        cache = None if whole else self._shared_prefill(prompt, cached, to_question)
+        cache = None if whole else self._shared_prefill(prompt, cached, to_question, steps)
         progress = Progress(self._listener)
         behind = prompt.embeds.shape[1] - prompt.text_from
         decode = steps and partial(steps.decode, progress=progress, hooks=hooks, behind=behind)
@@ -209,12 +209,21 @@ class VideoReasoner:
         return int(self.adapter.text_model.config.max_position_embeddings)
 
     def _shared_prefill(
-        self, prompt: Prompt, cached: DynamicCache | None, to_question: bool
+        self,
+        prompt: Prompt,
+        cached: DynamicCache | None,
+        to_question: bool,
+        steps: GreedySteps | None,
     ) -> DynamicCache:
         """KV cache of what all rows begin with, for each row; a branch of `cached`, if given.
 
         to_question: it reaches as far as the rows are alike; else what `cached` lacks is left.
         """
+        if steps is not None and cached is None:
+            cached = steps.prefix(
+                prompt.embeds[:1, : prompt.text_from],
+                prompt.position_ids[..., :1, : prompt.text_from],
+            )
         cache = (
             DynamicCache(config=self.adapter.text_model.config)
             if cached is None

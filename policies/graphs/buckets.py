@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stream.data import PatchGrid
+from stream.data import Budget, PatchGrid
 from stream.errors import AttachError
 from stream.reducers.base import Reducer
 
@@ -71,3 +71,12 @@ def sections(stages: Sequence[Reducer], depth: int) -> list[Section]:
     reducers = [None, *(stage for _, stage in acting)]
     stops = [*firsts[1:], depth]
     return [Section(*each) for each in zip(firsts, stops, reducers, strict=True)]
+
+
+def visual_tokens(parts: Sequence[Section], visual: int, budget: Budget) -> list[int]:
+    """Visual tokens in each section of those that enter the first one."""
+    counts = [visual]
+    for part in parts[1:]:
+        assert part.reducer is not None
+        counts.append(part.reducer.keeps(counts[-1], budget))
+    return counts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 class StaticCache:
@@ -78,3 +79,15 @@ class StaticCache:
         keys.scatter_(2, at, key)
         values.scatter_(2, at, value)
         return keys[:, :, :width], values[:, :, :width]
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """Heads of keys and values, and the size of each."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_key_value_heads), int(size)
+
+
+def place_bytes(text_model: PreTrainedModel) -> int:
+    """What one place of one layer takes."""
+    heads, size = heads_of(text_model.config)
+    return 2 * heads * size * next(text_model.parameters()).element_size()

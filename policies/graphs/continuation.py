@@ -23,7 +23,7 @@ from ..probes import Attention, Probe, probing
 from ..query_rows import QueryRows
 from .attention import NAME, register
 from .buckets import Section
-from .cache import StaticCache
+from .cache import StaticCache, heads_of
 from .capture import GraphPool, Program
 from .kept import weakly
 from .layer import lean, run_layers
@@ -105,7 +105,6 @@ class Continuation:
         self._pass: Pass | None = None
         self._texts: dict[tuple[Widths, int], Program] = {}
         self._steps: dict[Widths, Program] = {}
-        heads = int(config.num_attention_heads)
         self.cache = StaticCache(
             [
                 n
@@ -113,8 +112,7 @@ class Continuation:
                 for _ in section.layers
             ],
             batch,
-            int(config.num_key_value_heads),
-            int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            *heads_of(config),
             weight.dtype,
             self._device,
         )

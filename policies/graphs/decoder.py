@@ -17,7 +17,7 @@ from stream.signals import Signal, Signals
 
 from ..probes import Attention, Probe
 from ..query_rows import ROW_SIGNALS, QueryRows
-from .buckets import Bucket, Section, round_up, sections
+from .buckets import Bucket, Section, round_up, sections, visual_tokens
 from .capture import GraphPool, Program
 from .continuation import ALIGN, Continuation, Pass, Widths, rows_of
 from .kept import weakly
@@ -202,9 +202,6 @@ class StaticDecoder(Continuation):
 
 def _visual_and_widths(bucket: Bucket, parts: Sequence[Section]) -> tuple[tuple[int, ...], Widths]:
     """Visual tokens, and keys that may be looked at, by section."""
-    visual = [bucket.visual]
-    for section in parts[1:]:
-        assert section.reducer is not None
-        visual.append(section.reducer.keeps(visual[-1], Budget(bucket.budget)))
+    visual = visual_tokens(parts, bucket.visual, Budget(bucket.budget))
     rest = bucket.before + bucket.after + bucket.new
     return tuple(visual), tuple(round_up(n + rest, ALIGN) for n in visual)

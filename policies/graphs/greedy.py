@@ -23,16 +23,25 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from stream.reducers.base import Reducer
+
 from ..hooks import ReductionHooks
 from ..kvcache import reorder_end
-from .buckets import TEXT_STEP, WIDTH_STEP, round_up
+from ..prefill import Prefill, VideoSpan
+from .buckets import TEXT_STEP, WIDTH_STEP, Section, round_up, sections, visual_tokens
+from .cache import place_bytes
 from .capture import GraphPool
-from .continuation import Continuation, Widths, rows_of, sections_of
+from .continuation import Widths, rows_of, sections_of
 from .footing import Footing
 from .kept import Kept
+from .staged import Prefilled, StagedDecoder
 
 KEPT, KEPT_BYTES = 16, 1_000_000_000
 """Shapes of prompts whose programs and KV buffers are kept, and what these buffers may take."""
+
+PREFILLED = 2048
+"""Places of a batch of prompts that are prefilled in fixed shapes at most. The kernels of more
+places are longer than it takes to launch them, and graphs of them hold more memory."""
 
 Listener = Callable[[Sequence[int]], bool]
 """The first answer's token ids so far -> whether to stop."""
@@ -67,7 +76,7 @@ class GreedySteps:
     def __init__(self, model: Any, text_model: PreTrainedModel) -> None:
         self._model, self._text_model = model, text_model
         self._footing = Footing(lambda: (text_model, model.get_output_embeddings()))
-        self._behind: Kept[tuple[int, ...], Continuation] = Kept(KEPT, KEPT_BYTES)
+        self._behind: Kept[tuple[int, ...], StagedDecoder] = Kept(KEPT, KEPT_BYTES)
 
     @classmethod
     def of(cls, model: Any, text_model: PreTrainedModel) -> Self | None:
@@ -103,7 +112,7 @@ class GreedySteps:
 
         behind: places of the prompt behind its video; the positions of the real ones among them
         follow each other. The cache is empty, or holds all that comes before. hooks: attached; they
-        see the prefill and are detached behind it.
+        are detached, and note what became of the videos that they expect.
         """
         pad, new = int(generation_config.pad_token_id), int(generation_config.max_new_tokens or 0)
         steps, widths, said = self._begin(model, hooks, behind, new, **inputs)
@@ -135,20 +144,37 @@ class GreedySteps:
         position_ids: Tensor,
         past_key_values: DynamicCache,
         **rest: Any,
-    ) -> tuple[Continuation, Widths, Tensor]:
+    ) -> tuple[StagedDecoder, Widths, Tensor]:
         """What goes on behind the prompt, for `new` tokens, and the logits at its end [b, 1, v]."""
         cache, end = past_key_values, slice(-behind, None)
-        four = position_ids.shape[:-2] == (4,)  # the first of them is no rotary one
-        position = position_ids[1:] if four else position_ids
+        position = _rotary(position_ids)
         order = attention_mask[:, end].argsort(dim=-1, descending=True, stable=True)
         lengths = attention_mask[:, end].sum(-1)
         if cache.get_seq_length() > 0:
             hooks.detach()
             text = F.pad(rows_of(inputs_embeds[:, end], order), (0, 0, 0, -behind % TEXT_STEP))
             first = order[:, :1].expand(*position.shape[:-1], 1)
-            widths, steps = self._continuation(cache, text.shape[1] + new)
+            widths, steps = self._behind_cache(cache, text.shape[1] + new)
             steps.adopt(cache, position[..., end].gather(-1, first))
             return steps, widths, steps.extend(widths, text, lengths)
+        if inputs_embeds[..., 0].numel() <= PREFILLED:
+            before = inputs_embeds.shape[1] - behind
+            whole = torch.arange(before, device=order.device).expand(len(order), -1)
+            places = torch.cat([whole, before + order], 1)
+            rows, stages = hooks.hand_over()
+            widths, made, state = self._prefilled(
+                rows or [[] for _ in order],
+                stages,
+                rows_of(inputs_embeds, places),
+                position.gather(-1, places.expand_as(position)),
+                behind,
+                new,
+                behind - lengths,
+            )
+            if rows:
+                hooks.note(state)
+            made.decoder.resume(made)
+            return made.decoder, widths, made.decoder.said(made)
         said = model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -160,28 +186,83 @@ class GreedySteps:
         hooks.detach()
         if len(order) > 1:
             reorder_end(cache, order)
-        widths, steps = self._continuation(cache, new)
+        widths, steps = self._behind_cache(cache, new)
         steps.adopt(cache, position[..., -1:] + 1, padding=behind - lengths)
         return steps, widths, said
 
-    def _continuation(self, cache: DynamicCache, new: int) -> tuple[Widths, Continuation]:
-        """With room for `new` places behind a cache; key widths of its sections."""
-        sections, layers = sections_of(cache), list[Any](cache.layers)
-        held = [layers[section.first].keys.shape for section in sections]
-        widths = tuple(round_up(shape[2] + new, WIDTH_STEP) for shape in held)
-        batch, heads, _, head_size = held[0]
-        shape = (batch, *(section.stop for section in sections), *widths)
-        again = shape in self._behind
-        places = sum(n * len(s.layers) for n, s in zip(widths, sections, strict=True))
-        size = 2 * batch * heads * head_size * places * layers[0].keys.element_size()
+    def prefix(self, embeds: Tensor, position_ids: Tensor) -> DynamicCache | None:
+        """KV cache of what a prompt begins with; None where that is too long for fixed shapes.
 
-        def made() -> Continuation:
+        embeds: [1, n, d]; position_ids: long [..., 1, n].
+        """
+        if embeds.shape[1] > PREFILLED:
+            return None
+        _, made, _ = self._prefilled([[]], (), embeds, _rotary(position_ids), 0, 0)
+        return made.decoder.taken(made)
+
+    def _prefilled(
+        self,
+        rows: list[list[VideoSpan]],
+        stages: Sequence[Reducer],
+        embeds: Tensor,
+        position: Tensor,
+        behind: int,
+        new: int,
+        padding: Tensor | None = None,
+    ) -> tuple[Widths, Prefilled, Prefill]:
+        """Prompts [b, n, d], with room for `new` places behind them: key widths of their sections,
+        where they are, and what became of their videos. behind: places behind the last video."""
+        b, n, _ = embeds.shape
+        more = -n % TEXT_STEP
+        parts = sections(stages, int(self._text_model.config.num_hidden_layers))
+        of_videos = [visual_tokens(parts, span.plan.k, span.budget) for span in rows[0]]
+        visual = [sum(counts) for counts in zip(*of_videos, strict=True)] or [0]
+        held = [n - visual[0] + left for left in visual]
+        widths, steps = self._shape(
+            tuple(Section(part.first, part.stop) for part in parts),
+            tuple(round_up(length + max(new, more), WIDTH_STEP) for length in held),
+            b,
+            n + more,
+        )
+        made, state = steps.prefill(
+            stages,
+            rows,
+            F.pad(embeds, (0, 0, 0, more)),
+            F.pad(position, (0, more)),
+            n,
+            n - behind,
+            padding,
+        )
+        return widths, made, state
+
+    def _behind_cache(self, cache: DynamicCache, new: int) -> tuple[Widths, StagedDecoder]:
+        """With room for `new` places behind a cache; key widths of its sections."""
+        parts, layers = sections_of(cache), list[Any](cache.layers)
+        held = [layers[part.first].keys.shape for part in parts]
+        widths = tuple(round_up(shape[2] + new, WIDTH_STEP) for shape in held)
+        return self._shape(tuple(parts), widths, held[0][0], 0)
+
+    def _shape(
+        self, parts: tuple[Section, ...], widths: Widths, batch: int, prefilled: int
+    ) -> tuple[Widths, StagedDecoder]:
+        """What goes on behind prompts of one shape. prefilled: places of those that begin in it."""
+        shape = (batch, prefilled, *(part.stop for part in parts), *widths)
+        again = shape in self._behind
+        places = batch * sum(n * len(part.layers) for n, part in zip(widths, parts, strict=True))
+        size = places * place_bytes(self._text_model)
+
+        def made() -> StagedDecoder:
             head = self._model.get_output_embeddings()
             pool = GraphPool(next(head.parameters()).device)
-            behind = Continuation(self._text_model, head, sections, widths, pool, batch=batch)
+            behind = StagedDecoder(self._text_model, head, parts, widths, pool, batch=batch)
             self._footing.note()  # weights may have moved together
             return behind
 
         steps = self._behind.get(shape, made, size)
         steps.pool.open = again
         return widths, steps
+
+
+def _rotary(position_ids: Tensor) -> Tensor:
+    """Without the first of four axes, which is no rotary one."""
+    return position_ids[1:] if position_ids.shape[:-2] == (4,) else position_ids

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -24,7 +25,7 @@ from ..prefill import Prefill, VideoSpan
 from ..probes import Attention, probing
 from ..query_rows import ROW_SIGNALS, QueryRows
 from .capture import Program
-from .continuation import Continuation
+from .continuation import Continuation, rows_of
 from .kept import Kept, weakly
 
 KEPT = 32
@@ -36,18 +37,22 @@ class Prefilled:
     """The prefixes of one prefill. They lie in the decoder's own buffers, and move out when
     something else takes their place there while somebody still holds them.
 
-    lengths: tokens that each layer holds. position: long [b, 1], of the first token behind.
-    outside: keys and values of each section, once they moved.
+    lengths: tokens that each layer holds. padding: long [b], how many of them, at the end, hold no
+    token; None for none. position: long [..., b, 1], of the first token behind. last: [b, 1, d],
+    what the last layer says at the last token. outside: keys and values of each section, once they
+    moved.
     """
 
     decoder: StagedDecoder
     lengths: tuple[int, ...]
+    padding: Tensor | None
     position: Tensor
+    last: Tensor
     outside: list[Tensor] | None = None
 
 
 class StagedDecoder(Continuation):
-    """A `Continuation` that prefills what it goes on from, for one-axis positions.
+    """A `Continuation` that prefills what it goes on from.
 
     Use `resume` before the first `extend` behind a prefill.
     """
@@ -65,11 +70,13 @@ class StagedDecoder(Continuation):
         position: Tensor,
         length: int,
         text_from: int,
+        padding: Tensor | None = None,
     ) -> tuple[Prefilled, Prefill]:
         """Prefill prompts of `length` tokens that are padded on the right.
 
         stages: those inside the model act where sections begin. rows: the videos of each sequence.
-        embeds: [b, n, d]; position: long [b, n]; text_from: the place behind the last visual token.
+        embeds: [b, n, d]; position: long [..., b, n]; text_from: the place behind the last visual
+        token. padding: long [b], by how many tokens each prompt is shorter than `length`.
         Returns where the prefixes are, and what became of their tokens.
         """
         self._make_room()
@@ -80,30 +87,35 @@ class StagedDecoder(Continuation):
                 f"Stages act at the layers {sorted(inside)}; the sections of this decoder begin at "
                 f"{[section.first for section in self.sections]}."
             )
-        prompt = (torch.arange(n, device=self._device) < length).expand(len(rows), -1)
-        last = torch.stack([torch.cat([s.slots for s in spans]).amax() for spans in rows])
-        state = Prefill(rows, n, QueryRows.of(prompt, last, n - text_from))
+        ends = torch.full((len(rows), 1), length, device=self._device)
+        if padding is not None:
+            ends = ends - padding[:, None]
+        prompt = torch.arange(n, device=self._device) < ends
+        none = ends.new_full((1,), -1)
+        last = [torch.cat([none, *(s.slots for s in spans)]).amax() for spans in rows]
+        queries = QueryRows.of(prompt, torch.stack(last), n - text_from)
+        state = Prefill(rows, n, queries, padding=n - length)
         x = embeds
         for stage in stages:
             if not stage.site.in_llm:
                 x = state.reduce_before(stage, x)
-        entering = position if state.entered is None else position.gather(1, state.entered)
+        entering = position if state.entered is None else _at(position, state.entered)
         state.length = x.shape[1]
         if any(Signal.INPUT_EMBEDDINGS in stage.needs for stage in inside.values()):
             state.inputs = x
-        lengths: list[int] = []
         for i, section in enumerate(self.sections):
             for layer in section.layers:
                 x = state.enter_layer(layer, inside.get(layer), x)
             alive = state.alive[section.first]
-            here = entering if alive is None else entering.gather(1, alive)
+            here = entering if alive is None else _at(entering, alive)
             needs = inside[section.stop].needs & ROW_SIGNALS if section.stop in inside else ()
             wanted = tuple(sorted(needs))
             program = self._section_program(i, x.shape[1], wanted, state.queries.tail)
             x, *seen = program(x, here, state.queries.prompt, state.queries.text)
             state.signals[section.stop] = dict(zip(wanted, seen, strict=True))
-            lengths += [x.shape[1] - (n - length)] * len(section.layers)
-        made = Prefilled(self, tuple(lengths), position[:, length - 1 : length] + 1)
+        lengths = tuple(state.lengths(len(self._layers)))
+        last_row = rows_of(x, ends - 1 - (n - x.shape[1]))
+        made = Prefilled(self, lengths, padding, _at(position, ends - 1) + 1, last_row)
         self._stand_behind(made)
         return made, state
 
@@ -117,6 +129,19 @@ class StagedDecoder(Continuation):
             self._stand_behind(prefilled)
         self.rewind()
         self.looked.zero_()
+
+    def said(self, prefilled: Prefilled) -> Tensor:
+        """What `head` says at the last token of each prompt, [b, 1, ...]."""
+        said: Tensor = self._head(self._model.norm(prefilled.last))
+        return said
+
+    def taken(self, prefilled: Prefilled) -> DynamicCache:
+        """A cache of its own with what lies in the buffers behind this prefill."""
+        cache = DynamicCache(config=self._model.config)
+        copies = (own.clone().unbind(1) for own in self._buffers(prefilled))
+        for layer, (keys, values) in enumerate(chain.from_iterable(copies)):
+            cache.update(keys, values, layer)
+        return cache
 
     def adopt(self, cache: DynamicCache, position: Tensor, padding: Tensor | None = None) -> None:
         self._make_room()
@@ -138,6 +163,8 @@ class StagedDecoder(Continuation):
         """The buffers hold it now."""
         for held, section in zip(self._held, self.sections, strict=True):
             held.fill_(prefilled.lengths[section.first])
+        if prefilled.padding is not None:
+            self._held.sub_(prefilled.padding)
         self._position.copy_(prefilled.position)
         self.mark()
         self._inside = ref(prefilled)
@@ -176,3 +203,8 @@ class StagedDecoder(Continuation):
         with self, probing(self._model, {last: probe} if wanted else {}):
             x = self._run(section, x, self._model.rotary_emb(x, position), None)
         return (x, *seen)
+
+
+def _at(position: Tensor, places: Tensor) -> Tensor:
+    """position long [..., b, n] at places long [b, k] -> [..., b, k]."""
+    return position.gather(-1, places.expand(*position.shape[:-1], -1))

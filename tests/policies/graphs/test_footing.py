@@ -73,7 +73,7 @@ def test_a_changed_model_answers_as_it_is_now(
     pair.same(QUESTIONS)
     kept = pair.shapes
     pair.same(QUESTIONS[:1])
-    assert pair.shapes[::-1] == kept, "what stands on the model as it is now stays"
+    assert set(pair.shapes) == set(kept), "what stands on the model as it is now stays"
     assert len(kept) == shapes
 
 

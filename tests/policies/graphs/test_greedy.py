@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from policies.graphs import greedy
-from policies.graphs.continuation import Continuation
+from policies.graphs.staged import StagedDecoder
 from policies.graphs.wanted import Capture
 from policies.hooks import Positions
 from policies.models import load
@@ -59,13 +59,20 @@ class Pair:
         return same(self.fixed.answer(self.video, questions), expected)
 
     @property
-    def shapes(self) -> list[Continuation]:
+    def shapes(self) -> list[StagedDecoder]:
         assert self.fixed._steps is not None
         return list(self.fixed._steps._behind.values())
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """Programs of parts of prefills, of texts behind them, of steps."""
+        kept = [(len(c._programs), len(c._texts), len(c._steps)) for c in self.shapes]
+        parts, texts, steps = map(sum, zip(*kept, strict=True))
+        return parts, texts, steps
+
+    @property
     def programs(self) -> int:
-        return sum(len(c._texts) + len(c._steps) for c in self.shapes)
+        return sum(self.counts)
 
 
 def same(reply: Reply, expected: Reply, atol: float = 1e-5) -> Reply:
@@ -86,12 +93,27 @@ def test_replies_are_those_of_the_stock_loop(name: str, method: str, positions: 
     pair = Pair(family(name), method, positions=positions)
     alone = pair.same(QUESTIONS[:1])
     assert len(alone.answers[0].token_ids) == 5
-    assert pair.programs == 1, "a prompt that is prefilled whole needs the steps alone"
-    pair.same(QUESTIONS)
     inside = method in ("holitom", "fastv")
-    assert pair.programs == (2 if inside else 3)
+    parts = 2 if inside else 1
+    assert pair.counts == (parts, 0, 1)
+    pair.same(QUESTIONS)
+    assert pair.counts[1:] == ((0, 2) if inside else (1, 2))
+    assert pair.counts[0] == 4 if inside else pair.counts[0] in (1, 2), "one may fit both"
     counts = alone.layer_tokens
     assert (counts[0] > counts[-1]) == inside
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_long_prompts_are_prefilled_by_transformers(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "PREFILLED", 4)
+    pair = Pair(family(name), method)
+    pair.same(QUESTIONS[:1])
+    assert pair.counts == (0, 0, 1), "a prompt that is prefilled whole needs the steps alone"
+    pair.same(QUESTIONS)
+    assert pair.counts == ((0, 0, 2) if method in ("holitom", "fastv") else (0, 1, 2))
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
@@ -204,7 +226,7 @@ def test_what_comes_once_is_not_captured_and_what_comes_again_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(greedy, "GraphPool", TapedPool)
-    pair = Pair(family("llava_onevision"))
+    pair = Pair(family("llava_onevision"), "fastv")
 
     def captured() -> int:
         return sum(c.pool.captured for c in pair.shapes)
@@ -220,10 +242,10 @@ def test_what_comes_once_is_not_captured_and_what_comes_again_once(
 
 
 def test_buffers_that_are_kept_share_a_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair(family("llava_onevision"))
+    pair = Pair(family("llava_onevision"), "fastv")
     pair.same(QUESTIONS[:1])
     monkeypatch.setattr(greedy, "KEPT_BYTES", 3 * pair.shapes[0].cache.bytes)
-    pair = Pair(family("llava_onevision"))
+    pair = Pair(family("llava_onevision"), "fastv")
     for n in (1, 2, 3, 1):
         pair.same(QUESTIONS[:1] * n)
     assert [c.token.shape[0] for c in pair.shapes] == [1]
@@ -233,7 +255,7 @@ def test_buffers_that_are_kept_share_a_room(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_longest_unused_shape_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "KEPT", 2)
-    pair = Pair(family("llava_onevision"))
+    pair = Pair(family("llava_onevision"), "fastv")
     pair.same(QUESTIONS[:1])
     first = ref(pair.shapes[0])
     pair.same(QUESTIONS[:2])
