@@ -102,7 +102,8 @@ class VideoAdapter(ABC):
 
     @abstractmethod
     def pixel_inputs(self, frames: Sequence[Frame], processor: Any) -> dict[str, Any]:
-        """Frames -> the pixel arguments of `features`, as the model's own processor makes them."""
+        """Frames -> the pixel arguments of `features`, as the model's own processor makes them on
+        the model's device."""
 
     @abstractmethod
     def features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 from stream.data import Answer, Frame
 from stream.pipeline import EncodedVideo, ReducedVideo, Reply
@@ -140,13 +140,9 @@ class VideoReasoner:
                 attention_mask=prompt.mask,
                 position_ids=prompt.position_ids,
                 past_key_values=cache,
-                max_new_tokens=self._max_new_tokens,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
+                generation_config=self._generation(),
                 stopping_criteria=None if decode else StoppingCriteriaList([progress]),
                 custom_generate=decode,
-                pad_token_id=self._pad_id,
             )
             text = prompt.embeds.shape[1] - video.plan.k
             reduced = [float(n - text) for n in hooks.lengths()]
@@ -275,6 +271,17 @@ class VideoReasoner:
         if self._positions == "renumber" and video.plan.k < n:
             position = (mask.cumsum(-1) - 1).clamp_min(0).expand(*position.shape[:-1], -1)
         return Prompt(embeds, mask, position.contiguous(), slots, start + video.plan.k)
+
+    def _generation(self) -> GenerationConfig:
+        """Over the model's own settings. Without one, `generate` builds the model's configuration
+        anew to look for such settings there, which takes it longer than a decode step."""
+        return GenerationConfig(
+            max_new_tokens=self._max_new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=self._pad_id,
+        )
 
     @cached_property
     def _pad_id(self) -> int:

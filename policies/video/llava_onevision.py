@@ -78,7 +78,9 @@ class Adapter(VideoAdapter):
         same = all(v.shape == video[0].shape for v in video)
         batches = [torch.stack(video)] if same else [v[None] for v in video]
         done = [
-            processor.video_processor(videos=[b], return_tensors="pt", do_sample_frames=False)
+            processor.video_processor(
+                videos=[b], return_tensors="pt", do_sample_frames=False, device=self.model.device
+            )
             for b in batches
         ]
         pixels = torch.cat([d["pixel_values_videos"] for d in done], dim=1)

@@ -71,7 +71,7 @@ class Adapter(VideoAdapter):
     def pixel_inputs(self, frames: Sequence[Frame], processor: Any) -> dict[str, Any]:
         video = torch.stack([torch.from_numpy(f.image).permute(2, 0, 1) for f in frames])
         done = processor.video_processor(
-            videos=[video], return_tensors="pt", do_sample_frames=False
+            videos=[video], return_tensors="pt", do_sample_frames=False, device=self.model.device
         )
         return {"pixels": done["pixel_values_videos"], "thw": done["video_grid_thw"]}
 
