@@ -126,7 +126,7 @@ def probing(model: PreTrainedModel, requests: dict[nn.Module, Probe]) -> Iterato
         ALL_ATTENTION_FUNCTIONS.register(name, _probed(base))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     before = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    model.config._attn_implementation = name  # the model's own setter walks through every module
     for module, probe in requests.items():
         _requests.setdefault(module, []).append(probe)
     try:
@@ -136,4 +136,4 @@ def probing(model: PreTrainedModel, requests: dict[nn.Module, Probe]) -> Iterato
             _requests[module].remove(probe)
             if not _requests[module]:
                 del _requests[module]
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before

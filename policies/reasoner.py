@@ -275,7 +275,7 @@ class VideoReasoner:
     def _generation(self) -> GenerationConfig:
         """Over the model's own settings. Without one, `generate` builds the model's configuration
         anew to look for such settings there, which takes it longer than a decode step."""
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
             output_logits=True,

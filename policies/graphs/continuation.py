@@ -122,9 +122,9 @@ class Continuation:
         with ExitStack() as stack:
             if not self._entered:
                 register()
-                before = str(self._model.config._attn_implementation)
-                self._model.set_attn_implementation(NAME)
-                stack.callback(self._model.set_attn_implementation, before)
+                config = self._model.config
+                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+                config._attn_implementation = NAME
                 if requests := self._probes():
                     stack.enter_context(probing(self._model, requests))
             self._entered.append(stack.pop_all())
