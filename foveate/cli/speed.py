@@ -18,6 +18,9 @@ Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Repeats = Annotated[int, typer.Option(help="Rounds; each visits every arm once.")]
 Warmup = Annotated[int, typer.Option(help="Rounds before the first sample.")]
 Seconds = Annotated[float, typer.Option(help="No new round begins after this, past the third.")]
+Cameras = Annotated[
+    int | None, typer.Option(help="Pictures of one step of a policy; default: its own, or one.")
+]
 Seed = Annotated[int, typer.Option(help="Of pixels, text and order.")]
 Soak = Annotated[int, typer.Option(help="Decode steps with changing buckets, 0 = none.")]
 Out = Annotated[Path, typer.Option(help="Folder of the JSON files.")]
@@ -50,7 +53,7 @@ def bench_ttft(
         reducer,
         retain,
         frames,
-        1,
+        None,
         decode,
         device,
         dtype,
@@ -70,7 +73,7 @@ def bench_step(
     model: Shape = "tiny-openvla",
     reducer: Cut = "vla_pruner",
     retain: Shares = "0.5,0.25,0.125",
-    cameras: Annotated[int, typer.Option(help="Pictures of one step.")] = 1,
+    cameras: Cameras = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = 2,
@@ -108,11 +111,13 @@ def bench_step(
 @bench_app.command("throughput")
 def bench_throughput(
     model: Shape = "tiny-video",
-    reducer: Cut = "holitom",
+    reducer: Annotated[
+        str | None, typer.Option(help="Default: holitom, or vla_pruner of a robot policy.")
+    ] = None,
     retain: Shares = "0.1",
     concurrency: Annotated[str, typer.Option(help="Requests at once, by comma.")] = "1,8,32",
     frames: Annotated[int, typer.Option(help="Frames a video.")] = 32,
-    cameras: Annotated[int, typer.Option(help="Pictures of one step of a policy.")] = 1,
+    cameras: Cameras = None,
     decode: Annotated[int, typer.Option(help="Tokens after the first.")] = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -129,7 +134,7 @@ def bench_throughput(
 
     options = command.Timing(
         model,
-        reducer,
+        reducer or command.usual_reducer(model),
         retain,
         frames,
         cameras,

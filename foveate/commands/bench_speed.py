@@ -20,7 +20,7 @@ class Timing:
     reducer: str
     retain: str
     frames: int
-    cameras: int
+    cameras: int | None
     decode: int
     device: str | None
     dtype: str | None
@@ -38,8 +38,9 @@ def latency(kind: str, options: Timing, soak_steps: int) -> None:
     from policies.graphs.capture import GraphPool
 
     from ..timing import arms, measure
-    from ..timing.flow_arms import eager_arm, fixed_arm
+    from ..timing.kinds import eager_arm, fixed_arm
 
+    _check_kind(kind, options.model)
     subject, reducer = _prepared(options)
     pool = GraphPool(subject.device)
     held_before = _reserved_mib(subject)
@@ -91,7 +92,7 @@ def throughput(options: Timing, concurrency: str) -> None:
 
     from ..timing import measure
     from ..timing.clock import HOST
-    from ..timing.flow_arms import eager_arm, fixed_arm
+    from ..timing.kinds import eager_arm, fixed_arm
 
     subject, reducer = _prepared(options)
     rows: list[dict[str, Any]] = []
@@ -144,6 +145,24 @@ def select(
     ]
     title = f"VLA-Pruner's selection, median ms, {machine(device)}"
     out.print(table(title, ("tokens", "kept", "eager", "graph"), cells))
+
+
+def usual_reducer(model: str) -> str:
+    """Of a robot policy, or of a video LLM."""
+    from ..timing.shapes import acts
+
+    return "vla_pruner" if acts(model) else "holitom"
+
+
+def _check_kind(kind: str, model: str) -> None:
+    from stream.errors import ConfigError
+
+    from ..timing.shapes import acts
+
+    if acts(model) and kind == "ttft":
+        raise ConfigError(f"{model} is a robot policy; `foveate bench step` times its steps.")
+    if not acts(model) and kind == "step":
+        raise ConfigError(f"{model} is a video LLM; `foveate bench ttft` times its first token.")
 
 
 def _where(device: str | None, dtype: str | None) -> tuple[str, Any]:
@@ -237,7 +256,7 @@ def _freed() -> None:
 
 
 def _file_name(options: Timing) -> str:
-    views = f"_{options.cameras}_cameras" if options.cameras > 1 else ""
+    views = f"_{options.cameras}_cameras" if (options.cameras or 1) > 1 else ""
     return options.model.replace("/", "_").replace("-", "_").replace(".", "_") + views
 
 
@@ -249,13 +268,14 @@ def _written(options: Timing, kind: str, result: dict[str, Any]) -> None:
 
 
 def _latency_table(kind: str, result: dict[str, Any]) -> Any:
-    stages = ("encode", "reduce", "prefill", "question", "denoise")
+    every = ("encode", "reduce", "prefill", "question", "denoise", "action_head")
+    stages = tuple(s for s in every if any(s in row["ms"] for row in result["rows"]))
     columns = (
         "arm",
         "retain",
         "visual",
         "kept",
-        *stages,
+        *(stage.replace("_", " ") for stage in stages),
         "a token",
         "first",
         "p95",
@@ -287,7 +307,7 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
             f"{row['retain']:g}",
             str(row["visual"]),
             str(row["kept"]),
-            *["out of memory"] * 17,
+            *["out of memory"] * (len(stages) + 12),
         )
     faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
     return (

@@ -6,6 +6,7 @@ Work over tensors on one device; nothing here waits for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -25,7 +26,7 @@ from stream.data import Budget
 from stream.pipeline import EncodedVideo, reduce_video
 from stream.plan import Plan
 from stream.reducers.base import Reducer
-from stream.signals import Signal, Signals
+from stream.signals import Signals
 
 from .clock import StageClock
 from .subjects import Subject
@@ -38,8 +39,9 @@ class Arm(ABC):
     """One way to answer `batch` requests at once; a context manager around each call.
 
     visual: visual tokens that enter the language model. layer_tokens: and each of its layers.
-    first: stages until the first token, or the actions, are there. said: logits of the first token
-    or actions of the last call, [batch, ...].
+    scored: whether it asks the encoder for the subject's `score`. first: stages until the first
+    token, or the actions, are there. said: logits of the first token or actions of the last call,
+    [batch, ...].
     """
 
     said: Tensor
@@ -54,7 +56,7 @@ class Arm(ABC):
         self.subject, self.reducer, self.retain, self.batch = subject, reducer, retain, batch
         stages = () if reducer is None else reducer.stages
         self.inside = tuple(s for s in stages if s.site.in_llm)
-        self.needs_saliency = any(Signal.SALIENCY in s.needs for s in stages)
+        self.scored = any(subject.score in s.needs for s in stages if not s.site.in_llm)
         self.budget = Budget.ratio(retain, of=subject.grid.size)
         self.visual = subject.grid.size
         for stage in stages:
@@ -93,6 +95,11 @@ class Arm(ABC):
         """See `Subject.encode_flops`; empty for the stock encoder."""
         return []
 
+    def acting_flops(self, lengths: Sequence[int]) -> dict[str, float]:
+        """Operations of the stages that make actions behind a prefill, by stage; lengths: places of
+        the prompt in each layer."""
+        return {}
+
     def feature_error(self, pixels: Tensor) -> float | None:
         """Relative error of the features against the stock encoder's; None for the stock one, and
         for random weights, of which no quality can be said."""
@@ -104,9 +111,8 @@ class Arm(ABC):
 
     def _encoded(self, parts: list[tuple[Tensor, ...]]) -> list[EncodedVideo]:
         grid, times = self.subject.grid, self.subject.pts_s
-        return [
-            EncodedVideo(p[0], {Signal.SALIENCY: p[1]} if p[1:] else {}, grid, times) for p in parts
-        ]
+        score = self.subject.score
+        return [EncodedVideo(p[0], {score: p[1]} if p[1:] else {}, grid, times) for p in parts]
 
     def _reduced(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, list[Plan]]:
         """(features [batch, visual, d], plans) after the stages before the language model."""
@@ -140,7 +146,7 @@ class EagerArm(Arm):
         stack = ExitStack()
         if self.inside:
             stack.enter_context(self._hooks)
-        if self.subject.prompt.slots:
+        if self.subject.prompt.own_slots:
             for layer in model.layers:
                 stack.callback(setattr, layer.self_attn, "is_causal", layer.self_attn.is_causal)
                 layer.self_attn.is_causal = False
@@ -149,7 +155,7 @@ class EagerArm(Arm):
     def run(self, clock: StageClock, pixels: list[Tensor]) -> Tensor:
         subject, prompt = self.subject, self.subject.prompt
         with clock.stage("encode"):
-            parts = [subject.encode_stock(p, self.needs_saliency) for p in pixels]
+            parts = [subject.encode_stock(p, self.scored) for p in pixels]
         with clock.stage("reduce"):
             x, plans = self._reduced(parts)
         with clock.stage("prefill"):
@@ -160,7 +166,7 @@ class EagerArm(Arm):
                 self._expect(plans)
             cache = DynamicCache(config=subject.text_model.config)
             hidden = self._forward(cache, ids, embeds)
-            self.said = subject.head(hidden[:, -max(1, prompt.slots) :])
+            self.said = subject.head(hidden[:, -prompt.read :])
         if prompt.slots:
             return self._acted(clock, cache)
         tokens = [self.said[:, -1:].argmax(-1)]
@@ -190,8 +196,8 @@ class EagerArm(Arm):
             [VideoSpan(slots, one.grid, one.pts_s, self.budget, plan, Signals({}), one.memory())]
             for plan in plans
         ]
-        length, slots_behind = first + self.visual + self.after.shape[1], self.subject.prompt.slots
-        prompt = torch.arange(length, device=slots.device) < length - slots_behind
+        length, actions = first + self.visual + self.after.shape[1], one.prompt.own_slots
+        prompt = torch.arange(length, device=slots.device) < length - actions
         self._hooks.expect(rows, first + self.visual, prompt.expand(self.batch, -1))
 
 
@@ -212,14 +218,14 @@ class FixedArm(Arm):
         self.pool = pool
         prompt = subject.prompt
         real = self.after.shape[1]
-        padding = 0 if prompt.slots else -real % TEXT_STEP
+        padding = 0 if prompt.own_slots else -real % TEXT_STEP
         self.after = torch.nn.functional.pad(self.after, (0, 0, 0, padding))
         self.bucket = self._bucket()
         eager = GraphPool(subject.device, enabled=False)
         self._encode = Program(
             eager if subject.encoder_waits else pool,
             f"The encoder of {subject.name}",
-            lambda pixels: subject.encode(pixels, self.needs_saliency),
+            lambda pixels: subject.encode(pixels, self.scored),
         )
         self.decoder = StaticDecoder(
             subject.text_model,
@@ -228,9 +234,9 @@ class FixedArm(Arm):
             pool,
             batch=batch,
             stages=self.inside,
-            read=max(1, prompt.slots),
-            bidirectional=prompt.slots > 0,
-            keeps=prompt.slots == 0 or prompt.flow_steps > 0,
+            read=prompt.read,
+            bidirectional=prompt.own_slots > 0,
+            keeps=prompt.own_slots == 0 or prompt.flow_steps > 0,
             memory=subject.memory,
         )
         length = self.bucket.before + self.visual + real
@@ -241,7 +247,7 @@ class FixedArm(Arm):
             before=self.before.shape[1],
             visual=self.visual,
             after=self.after.shape[1],
-            new=self.subject.prompt.decode + 1,
+            new=self.subject.prompt.decode + 1 + self.subject.prompt.behind,
             budget=self.budget.tokens,
             grid=self.subject.grid,
         )
@@ -303,7 +309,7 @@ class MergingArm(LeanArm):
         self._encode = Program(
             pool,
             f"The merging encoder of {subject.name}",
-            lambda pixels: subject.finished(*tower(pixels.flatten(0, 1), self.needs_saliency)),
+            lambda pixels: subject.finished(*tower(pixels.flatten(0, 1), self.scored)),
         )
 
     def tower_layers(self) -> list[tuple[int, int]]:
@@ -340,7 +346,7 @@ class SkippingArm(LeanArm):
         return tuple(t.clone() for t in self._by_keys[keys](frames, *layout))
 
     def _work(self, frames: Tensor, *layout: Tensor) -> tuple[Tensor, ...]:
-        seen = self._tower(frames, Layout(*layout), self.needs_saliency)
+        seen = self._tower(frames, Layout(*layout), self.scored)
         return self.subject.finished(*seen)
 
 

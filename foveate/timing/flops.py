@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from .arms import Arm, AttachedArm
-from .flow import FlowSubject
-from .flow_arms import FlowFixedArm
 from .subjects import linear_weights
 
 
@@ -27,7 +25,7 @@ def decoder_flops(text_model: Any, new: Sequence[int], seen: Sequence[int]) -> f
 
 
 def request_flops(arm: Arm) -> dict[str, float]:
-    """Operations of one request by stage: encode, score, prefill, tokens or denoise."""
+    """Operations of one request by stage: encode, score, prefill, and what makes the answer."""
     subject, prompt = arm.subject, arm.subject.prompt
     text, head = subject.text_model, linear_weights(subject.head)
     others = prompt.before + prompt.after
@@ -41,10 +39,7 @@ def request_flops(arm: Arm) -> dict[str, float]:
         question = [prompt.after - 1] * len(lengths)
         seen = [n - prompt.after + 1 for n in lengths]
         return {"question": decoder_flops(text, question, seen) + 2.0 * head, "tokens": tokens}
-    acted = {}
-    if isinstance(subject, FlowSubject):
-        acted = {"denoise": subject.action_flops(lengths, once=isinstance(arm, FlowFixedArm))}
-    return acted | {
+    return arm.acting_flops(lengths) | {
         "encode": subject.encode_flops(arm.tower_layers()),
         "score": score_flops(arm),
         "prefill": decoder_flops(text, lengths, none) + 2.0 * head,
@@ -58,7 +53,7 @@ def score_flops(arm: Arm) -> float:
         return 0.0
     subject = arm.subject
     grid, size = subject.grid, subject.text_model.config.hidden_size
-    total = subject.saliency_flops() if arm.needs_saliency else 0.0
+    total = subject.score_flops() if arm.scored else 0.0
     if any(not s.site.in_llm for s in arm.reducer.stages):
         total += 2.0 * grid.size * size * (1 + grid.per_frame)
     for stage in arm.inside:

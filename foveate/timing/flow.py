@@ -92,11 +92,11 @@ class FlowSubject(StepSubject):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
-    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+    def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         with lay_out_patches(self._tower):
-            return self.encode_stock(pixels, saliency)
+            return self.encode_stock(pixels, scored)
 
-    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+    def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         hidden = self._tower(pixels).last_hidden_state
         rows, k = self.grid.rows, self._shuffle
         squares = hidden.unflatten(1, (rows, k, rows, k)).transpose(2, 3)
@@ -141,13 +141,6 @@ class FlowSubject(StepSubject):
         tower = patches * (2.0 * linear_weights(self._tower) + attention)
         projector = 2.0 * self.grid.per_frame * linear_weights(self._projector)
         return float(self.grid.frames * (tower + projector))
-
-    def saliency_flops(self) -> float:
-        return 0.0
-
-    def positions(self) -> Tensor:
-        length = self.prompt.before + self.grid.size + self.prompt.after
-        return torch.arange(length, device=self.device)[None]
 
 
 class _Expert(nn.Module):

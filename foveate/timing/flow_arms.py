@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from .arms import Arm, EagerArm, FixedArm
 from .clock import StageClock
 from .flow import FlowSubject
 from .flow_lean import LeanExpert
-from .subjects import Subject
 
 STAGES = (*Arm.first, "denoise")
 
@@ -23,6 +23,9 @@ class FlowEagerArm(EagerArm):
 
     subject: FlowSubject
     first: ClassVar[tuple[str, ...]] = STAGES
+
+    def acting_flops(self, lengths: Sequence[int]) -> dict[str, float]:
+        return {"denoise": self.subject.action_flops(lengths)}
 
     def _acted(self, clock: StageClock, cache: Any) -> Tensor:
         noise = self.subject.noise.expand(self.batch, -1, -1)
@@ -64,23 +67,11 @@ class FlowFixedArm(FixedArm):
 
         self._denoise = Program(pool, f"The flow steps of {subject.name}", denoise)
 
+    def acting_flops(self, lengths: Sequence[int]) -> dict[str, float]:
+        return {"denoise": self.subject.action_flops(lengths, once=True)}
+
     def _acted(self, clock: StageClock) -> Tensor:
         with clock.stage("denoise"):
             (said,) = self._denoise(self._noise, self._state)
         self.said = said.clone()
         return self.said
-
-
-def eager_arm(subject: Subject, reducer: Reducer | None, retain: float, batch: int) -> Arm:
-    """The stock arm of a subject."""
-    kind = FlowEagerArm if isinstance(subject, FlowSubject) else EagerArm
-    return kind(subject, reducer, retain, batch)
-
-
-def fixed_arm(
-    subject: Subject, reducer: Reducer | None, retain: float, batch: int, pool: GraphPool
-) -> FixedArm:
-    """The arm of a subject in fixed shapes."""
-    if isinstance(subject, FlowSubject):
-        return FlowFixedArm(subject, reducer, retain, batch, pool)
-    return FixedArm(subject, reducer, retain, batch, pool)

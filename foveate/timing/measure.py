@@ -221,7 +221,7 @@ def card_of(
     repeats = {"tokens": ("token", prompt.decode), "denoise": ("flow_step", prompt.flow_steps)}
     for arm in {a.layer_tokens[-1]: a for a in arms if a.name == "graph" and a.batch == 1}.values():
         stages = run.samples.get(arm.key, {})
-        for stage in ("encode", "reduce", "prefill", "tokens", "denoise"):
+        for stage in ("encode", "reduce", "prefill", "tokens", "denoise", "action_head"):
             if stage in stages:
                 name, each = repeats.get(stage, (stage, 1))
                 values = [ms / each for ms in stages[stage]]

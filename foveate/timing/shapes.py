@@ -1,4 +1,5 @@
-"""Models by name: full-size shapes with random weights, which are right for time alone."""
+"""Models by name: those in the box, and full-size shapes with random weights, which are right for
+time alone."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ from transformers import (
 )
 
 from policies.models import in_the_box, load
+from policies.vla.openvla import load_network
 from stream.errors import ConfigError
 from stream.registry import suggest
 
 from .flow import ExpertShape, FlowSubject
 from .subjects import ActionSubject, Subject, VideoSubject
+from .vla import VLASubject
 
 Size = dict[str, Any]
 SIGLIP_SO400M: Size = {
@@ -152,22 +155,43 @@ def flow_subject(name: str, cameras: int, device: str, dtype: torch.dtype) -> Fl
     return FlowSubject(name, tower, shape.shuffle, prefix, shape.text, shape.expert, cameras)
 
 
+def vla_subject(name: str, cameras: int | None, device: str, dtype: torch.dtype) -> VLASubject:
+    """A robot policy in the box. Raises ConfigError for another number of cameras than its own."""
+    one = VLASubject(name, *load_network(str(in_the_box("robot")[name]), device, dtype))
+    if cameras not in (None, one.grid.frames):
+        raise ConfigError(f"cameras is {cameras}; {name} has {one.grid.frames}, leave it out.")
+    return one
+
+
 def subject(
-    name: str, frames: int, decode: int, cameras: int, device: str, dtype: torch.dtype
+    name: str, frames: int, decode: int, cameras: int | None, device: str, dtype: torch.dtype
 ) -> Subject:
-    """Any of them by name. Raises UnknownNameError with the known names."""
-    if name in _ACTION:
-        return action_subject(name, cameras, device, dtype)
-    if name in _FLOW:
-        return flow_subject(name, cameras, device, dtype)
-    if name in _VIDEO or name in in_the_box() or "/" in name:
+    """Any of them by name; raises as `acts` does.
+
+    cameras: of a robot policy; None = its own ones, or one of a shape.
+    """
+    if not acts(name):
         return video_subject(name, frames, decode, device, dtype)
+    if name in _ACTION:
+        return action_subject(name, cameras or 1, device, dtype)
+    if name in _FLOW:
+        return flow_subject(name, cameras or 1, device, dtype)
+    return vla_subject(name, cameras, device, dtype)
+
+
+def acts(name: str) -> bool:
+    """Whether a name is that of a robot policy, not of a video LLM. Raises UnknownNameError, with
+    the known names, if it is of neither."""
+    if name in (*_ACTION, *_FLOW, *in_the_box("robot")):
+        return True
+    if name in _VIDEO or name in in_the_box() or "/" in name:
+        return False
     raise suggest("model", name, names())
 
 
 def names() -> tuple[str, ...]:
     """Every name that needs no download."""
-    return (*_VIDEO, *_ACTION, *_FLOW, *in_the_box())
+    return (*_VIDEO, *_ACTION, *_FLOW, *in_the_box(), *in_the_box("robot"))
 
 
 def dtype_of(name: str) -> torch.dtype:

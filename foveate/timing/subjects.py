@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from policies.vision.layout import lay_out_patches
 from policies.vision.siglip import SiglipParts
 from stream.data import PatchGrid
 from stream.memory import Memory
+from stream.signals import Signal
 
 from .past import two_steps
 
@@ -35,7 +36,8 @@ class Prompt:
     """Places of text before and behind the visual tokens, and tokens decoded after the first one.
 
     slots: places behind the text that actions are read from in parallel; 0 = they are decoded.
-    flow_steps: passes of an action expert over the cache of the prompt.
+    flow_steps: passes of an action expert over the cache of the prompt. behind: rows that follow
+    the prompt in a pass of their own, the slots at their end; 0 = the slots are part of the prompt.
     """
 
     before: int
@@ -43,6 +45,17 @@ class Prompt:
     decode: int
     slots: int = 0
     flow_steps: int = 0
+    behind: int = 0
+
+    @property
+    def own_slots(self) -> int:
+        """Slots that are part of the prompt, whose places then all see each other."""
+        return 0 if self.behind else self.slots
+
+    @property
+    def read(self) -> int:
+        """How many last places the head reads."""
+        return max(1, self.slots)
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -64,8 +77,12 @@ def scene_pixels(frames: int, side: int, patch: int, generator: torch.Generator)
 
 
 class Subject(ABC):
-    """One model and one kind of request. Requests of a batch differ in their pixels alone."""
+    """One model and one kind of request. Requests of a batch differ in their pixels alone.
 
+    score: what the encoder can say of each token beside its features.
+    """
+
+    score: ClassVar[Signal] = Signal.SALIENCY
     name: str
     weights: str
     prompt: Prompt
@@ -105,12 +122,12 @@ class Subject(ABC):
         """The pictures of one request, as the encoder takes them."""
 
     @abstractmethod
-    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        """(features [n, d],) of one request, and float32 [n] received attention if asked for."""
+    def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        """(features [n, d],) of one request, and its `score`, float32 [n], if asked for."""
 
-    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+    def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         """The same in transformers' own way, where ours is another."""
-        return self.encode(pixels, saliency)
+        return self.encode(pixels, scored)
 
     @property
     def tower(self) -> nn.Module | None:
@@ -123,15 +140,15 @@ class Subject(ABC):
 
     @abstractmethod
     def encode_flops(self, layers: Sequence[tuple[int, int]] = ()) -> float:
-        """Operations of `encode` without saliency.
+        """Operations of `encode` without a score.
 
         layers: (patches of all frames that are computed, patches each of them sees) in each layer
         of the tower, where they differ from the stock encoder's.
         """
 
-    @abstractmethod
-    def saliency_flops(self) -> float:
-        """What received attention adds: the logits of one layer, once more."""
+    def score_flops(self) -> float:
+        """What the score adds to `encode`."""
+        return 0.0
 
     @abstractmethod
     def positions(self) -> Tensor:
@@ -189,14 +206,14 @@ class VideoSubject(Subject):
         times = pixels.shape[0] // QWEN_SIDE**2
         return {"pixels": pixels, "thw": torch.tensor([[times, QWEN_SIDE, QWEN_SIDE]])}
 
-    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        return self._encoded(self._adapter.features, pixels, saliency)
+    def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        return self._encoded(self._adapter.features, pixels, scored)
 
-    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        return self._encoded(self._adapter.stock_features, pixels, saliency)
+    def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        return self._encoded(self._adapter.stock_features, pixels, scored)
 
-    def _encoded(self, features: _Features, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
-        if not saliency:
+    def _encoded(self, features: _Features, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        if not scored:
             return (features(self._inputs(pixels))[0],)
         tap = SaliencyTap()
         with self._adapter.saliency(tap):
@@ -232,7 +249,8 @@ class VideoSubject(Subject):
             total += count * (2.0 * linear_weights(block) + 4.0 * width * seen)
         return float(total)
 
-    def saliency_flops(self) -> float:
+    def score_flops(self) -> float:
+        """The logits of one layer, once more."""
         images, patches, width = self._patches()
         return 2.0 * width * images * patches**2
 
@@ -258,6 +276,10 @@ class StepSubject(Subject):
 
     def memory(self) -> Memory:
         return Memory(state=dict(self._past.state))
+
+    def positions(self) -> Tensor:
+        length = self.prompt.before + self.grid.size + self.prompt.after
+        return torch.arange(length, device=self.device)[None]
 
     @cached_property
     def _past(self) -> Memory:
@@ -300,13 +322,13 @@ class ActionSubject(StepSubject):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
-    def encode(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+    def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         with ExitStack() as stack:
             for tower in self._towers:
                 stack.enter_context(lay_out_patches(tower))
             return self._projected(at_once(self.device, self._works(pixels)))
 
-    def encode_stock(self, pixels: Tensor, saliency: bool) -> tuple[Tensor, ...]:
+    def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         return self._projected([work() for work in self._works(pixels)])
 
     def _works(self, pixels: Tensor) -> list[Callable[[], Tensor]]:
@@ -325,13 +347,6 @@ class ActionSubject(StepSubject):
             attention = 4.0 * config.hidden_size * patches * config.num_hidden_layers
             total += images * patches * (2.0 * linear_weights(tower) + attention)
         return total
-
-    def saliency_flops(self) -> float:
-        return 0.0
-
-    def positions(self) -> Tensor:
-        length = self.prompt.before + self.grid.size + self.prompt.after
-        return torch.arange(length, device=self.device)[None]
 
 
 def _states(tower: Any, pixels: Tensor) -> Tensor:

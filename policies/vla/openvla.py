@@ -375,6 +375,12 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, tokenizer = load_network(name, device, dtype)
+    return OpenVLAPolicy(model, tokenizer, reducer, Path(name).name, capture)
+
+
+def load_network(name: str, device: str, dtype: torch.dtype) -> tuple[OpenVLA, Any]:
+    """(network in eval mode, tokenizer) of a policy; raises as `load` does."""
     read: Any = OpenVLA.from_pretrained
     try:
         model, notes = read(name, dtype=dtype, output_loading_info=True)
@@ -387,4 +393,4 @@ def load(
         raise AttachError(
             f"'{name}' lacks {len(missing)} weights ({missing[0]}, ...), which would be random."
         )
-    return OpenVLAPolicy(model.to(device), tokenizer, reducer, Path(name).name, capture)
+    return model.to(device).eval(), tokenizer
