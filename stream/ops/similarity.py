@@ -28,16 +28,24 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairwise_cosine(x: Tensor) -> Tensor:
-    """Cosine of every row with every other of its group: [b, n, c] -> float32 [b, n, n].
+    """Cosine of every row with every other of its group: [b, n, c] -> float32 [b, n, n]."""
+    if not x.is_cuda or x.dtype.itemsize != 2:
+        return cosine(x.float(), x.float())
+    dot = dots(x)
+    norm = dot.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+    return dot / (norm[:, :, None] * norm[:, None, :])
+
+
+def dots(x: Tensor) -> Tensor:
+    """Product of every row with every other of its group: [b, n, c] -> float32 [b, n, n].
 
     A GPU multiplies 16-bit features as they are: each product is exact in float32, in which they
     are summed, so the lengths can be read off the diagonal and nothing of the size of x is made.
     """
-    if not x.is_cuda or x.dtype.itemsize != 2:
-        return cosine(x.float(), x.float())
-    dot = torch.bmm(x, x.mT, out_dtype=torch.float32)
-    norm = dot.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
-    return dot / (norm[:, :, None] * norm[:, None, :])
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.bmm(x, x.mT, out_dtype=torch.float32)
+    x = x.float()
+    return x @ x.mT
 
 
 def centre_(x: Tensor, sizes: Tensor) -> Tensor:
