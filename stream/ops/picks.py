@@ -55,13 +55,12 @@ def top_mask(score: Tensor, k: Tensor) -> Tensor:
 
 
 def top_places(score: Tensor, pick: Tensor, base: Tensor) -> Tensor:
-    """Chosen ranks of each row, of equal scores the lower index first: base + index, ascending.
+    """Chosen ranks of each row, of equal scores the lower index first: base + index, long [k].
 
     score: [r, n]; pick: long [k], places in the rows sorted by falling score and laid end to end;
     base: long [k]. Unlike `top_mask` and `places` it needs no mask of all n.
     """
-    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-    return (order.view(-1)[pick] + base).sort().values
+    return ordered(score, descending=True)[1].view(-1)[pick] + base
 
 
 def places(mask: Tensor, count: int) -> Tensor:
