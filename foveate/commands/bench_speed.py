@@ -264,6 +264,9 @@ def _written(options: Timing, kind: str, result: dict[str, Any]) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / f"{kind}_{_file_name(options)}.json"
     path.write_text(json.dumps(result, indent=1))
+    for row in result["rows"]:
+        if row["left_out"]:
+            err.print(f"left out: {row['arm']}, {row['retain']:g} kept: {row['left_out']}")
     err.print(f"written: {path}")
 
 
@@ -307,7 +310,7 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
             f"{row['retain']:g}",
             str(row["visual"]),
             str(row["kept"]),
-            *["out of memory"] * (len(stages) + 12),
+            *[_left_out(row)] * (len(stages) + 12),
         )
     faster, agreed = row.get("times_faster", {}), row.get("agreement", {})
     return (
@@ -330,6 +333,11 @@ def _latency_cells(row: dict[str, Any], stages: tuple[str, ...], decode: int) ->
     )
 
 
+def _left_out(row: dict[str, Any]) -> str:
+    """Why a row was not timed, in few words."""
+    return str(row["left_out"]).partition(":")[0]
+
+
 def _throughput_table(result: dict[str, Any]) -> Any:
     columns = ("at once", "arm", "retain", "requests/s", "host ms", "peak MiB", "times faster")
     cells = [
@@ -337,7 +345,7 @@ def _throughput_table(result: dict[str, Any]) -> Any:
             str(row["batch"]),
             row["arm"],
             f"{row['retain']:g}",
-            f"{row['requests_per_s']:.2f}" if row["ms"] else "out of memory",
+            f"{row['requests_per_s']:.2f}" if row["ms"] else _left_out(row),
             f"{row['ms']['host']['p50']:.1f}" if row["ms"] else "-",
             f"{row['peak_mib'] or 0:.0f}",
             f"{row['times_faster']['host']:.2f}" if row.get("times_faster") else "-",

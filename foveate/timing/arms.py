@@ -40,11 +40,13 @@ class Arm(ABC):
 
     visual: visual tokens that enter the language model. layer_tokens: and each of its layers.
     scored: whether it asks the encoder for the subject's `score`. first: stages until the first
-    token, or the actions, are there. said: logits of the first token or actions of the last call,
-    [batch, ...].
+    token, or the actions, are there. pool: of its graphs, if it has any. said: logits of the first
+    token or actions of the last call, [batch, ...].
     """
 
     said: Tensor
+
+    pool: GraphPool | None
 
     first: ClassVar[tuple[str, ...]] = ("encode", "reduce", "prefill")
 
@@ -139,6 +141,7 @@ class EagerArm(Arm):
     """transformers' own forward with a growing cache, SDPA, every kernel launched by the host."""
 
     name = "eager"
+    pool = None
 
     def attached(self) -> AbstractContextManager[Any]:
         model = self.subject.text_model
@@ -205,6 +208,7 @@ class FixedArm(Arm):
     """The same in fixed shapes: captured graphs on CUDA, the same calls as they stand elsewhere."""
 
     name = "graph"
+    pool: GraphPool
 
     def __init__(
         self,

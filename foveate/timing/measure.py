@@ -6,7 +6,8 @@ import datetime
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +40,12 @@ class Run:
     """What came of timing some arms; the keys are theirs.
 
     answers: tokens or actions; said: first logits or actions; both for the same pixels. peak_mib:
-    device memory at the peak beyond what was held before. feature_error: of leaner encoders. An
-    arm that ran out of memory is in none of them.
+    device memory at the peak beyond what was held before. feature_error: of leaner encoders.
+    left_out: why an arm has no samples.
     """
 
     samples: Samples = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     answers: dict[str, Tensor] = field(default_factory=dict)
     said: dict[str, Tensor] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
@@ -62,7 +64,8 @@ def interleaved(
 ) -> Run:
     """Requests of all arms in rounds, each round in a new random order.
 
-    An arm that does not fit into the device's memory, alone or beside the others, has no samples.
+    An arm that does not fit into the device's memory, alone or beside the others, has no samples,
+    nor has one of captured programs of which one had to be launched kernel by kernel.
     seconds: after which no new round begins, once there are three.
     """
     subject = arms[0].subject
@@ -72,15 +75,18 @@ def interleaved(
     run = Run()
     for arm in arms:
         try:
-            with arm, _peak_mib(subject.device) as peak:
+            with arm, _all_captured(arm), _peak_mib(subject.device) as peak:
                 arm.prepare(pixels[arm.batch])
                 with clock.request():
-                    run.answers[arm.key] = arm.run(clock, pixels[arm.batch]).cpu()
-                run.said[arm.key] = arm.said.float().cpu()
-                run.feature_error[arm.key] = arm.feature_error(distinct[0])
-        except torch.cuda.OutOfMemoryError:
+                    answer = arm.run(clock, pixels[arm.batch]).cpu()
+                said = arm.said.float().cpu()
+                feature_error = arm.feature_error(distinct[0])
+        except (torch.cuda.OutOfMemoryError, _Uncaptured) as error:
+            run.left_out[arm.key] = _why(error)
             torch.cuda.empty_cache()
             continue
+        run.answers[arm.key], run.said[arm.key] = answer, said
+        run.feature_error[arm.key] = feature_error
         run.peak_mib[arm.key] = peak[0]
         run.samples[arm.key] = {}
     samples = run.samples
@@ -92,9 +98,10 @@ def interleaved(
             break
         for arm in order.sample(able, len(able)):
             try:
-                with arm, clock.request() as times_ms:
+                with arm, _all_captured(arm), clock.request() as times_ms:
                     arm.run(clock, pixels[arm.batch])
-            except torch.cuda.OutOfMemoryError:
+            except (torch.cuda.OutOfMemoryError, _Uncaptured) as error:
+                run.left_out[arm.key] = _why(error)
                 torch.cuda.empty_cache()
                 able.remove(arm)
                 del samples[arm.key]
@@ -106,6 +113,26 @@ def interleaved(
                     samples[arm.key].setdefault(stage, []).append(ms)
         progress("rounds", turn + 1)
     return run
+
+
+class _Uncaptured(Exception):
+    """A program that was to be captured ran without a graph."""
+
+
+@contextmanager
+def _all_captured(arm: Arm) -> Iterator[None]:
+    """Raises _Uncaptured behind what else would be told as the time of graphs."""
+    if (pool := arm.pool) is None:
+        yield
+        return
+    before, told = pool.uncaptured, len(pool.fallen_back)
+    yield
+    if pool.uncaptured > before:
+        raise _Uncaptured("; ".join(pool.fallen_back[told:]))
+
+
+def _why(error: Exception) -> str:
+    return f"not captured: {error}" if isinstance(error, _Uncaptured) else "out of memory"
 
 
 class _peak_mib:
@@ -132,7 +159,8 @@ def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
     `times_faster`: medians of the stock unpruned arm at the same batch over its own.
     `agreement`: of a fixed-shape arm with the stock arm that keeps the same tokens.
     `kept`: visual tokens in the last layer. `us_per_token`: microseconds by which the median total
-    fell for each of them that went away since the next larger bucket of the same arm.
+    fell for each of them that went away since the next larger bucket of the same arm. `left_out`:
+    why the arm was not timed.
     """
     rows = []
     for arm in arms:
@@ -147,6 +175,7 @@ def rows_of(arms: Sequence[Arm], run: Run) -> list[dict[str, Any]]:
             "layer_tokens": statistics.fmean(arm.layer_tokens),
             "tflop": {stage: value / 1e12 for stage, value in flops.items()},
             "ms": {s: quantiles(v) for s, v in run.samples.get(arm.key, {}).items()},
+            "left_out": run.left_out.get(arm.key),
             "peak_mib": run.peak_mib.get(arm.key),
             "feature_error": run.feature_error.get(arm.key),
         }

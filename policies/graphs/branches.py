@@ -19,15 +19,19 @@ def at_once(device: torch.device, works: Sequence[Callable[[], Tensor]]) -> list
     if device.type != "cuda" or len(works) < 2 or torch.is_grad_enabled():
         return [work() for work in works]
     here = torch.cuda.current_stream(device)
-    said = []
     streams = [_stream(device, i) for i in range(len(works) - 1)]
-    for stream, work in zip(streams, works[1:], strict=True):
+    for stream in streams:
         stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            said.append(work())
-    said.insert(0, works[0]())
-    for stream, value in zip(streams, said[1:], strict=True):
-        here.wait_stream(stream)
+    said = []
+    try:
+        for stream, work in zip(streams, works[1:], strict=True):
+            with torch.cuda.stream(stream):
+                said.append(work())
+        said.insert(0, works[0]())
+    finally:  # also where one of them failed: no capture ends well before all streams came back
+        for stream in streams:
+            here.wait_stream(stream)
+    for value in said[1:]:
         value.record_stream(here)
     return said
 

@@ -6,7 +6,9 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,61 +23,109 @@ class GraphPool:
     """The captured graphs of one device, and what they cost.
 
     enabled: capture on CUDA; else, and on other devices, the same work is launched eagerly.
+    spare: called when memory runs out; its owner drops what it keeps and does not use now.
     open: set it to False where nothing may be captured any more; what was not is launched eagerly.
     captured: graphs so far. fallen_back: reasons why some work could not be captured. uncaptured:
     runs of work without a graph, where graphs are wanted.
     warmup_s: seconds spent on warming up and capturing.
     """
 
-    def __init__(self, device: torch.device | str, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        enabled: bool = True,
+        spare: Callable[[], None] = lambda: None,
+    ) -> None:
         self.device = torch.device(device)
         self.enabled = enabled and self.device.type == "cuda"
         self.open = True
         self.captured = self.uncaptured = 0
         self.fallen_back: list[str] = []
         self.warmup_s = 0.0
+        self._spare = spare
         self._memory: Any = None
+        self._sharing: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._stream: Any = None
 
-    def capture(
-        self, name: str, work: Callable[[], None], reset: Callable[[], None]
-    ) -> torch.cuda.CUDAGraph | None:
+    def capture(self, name: str, work: Callable[[], None], reset: Callable[[], None]) -> Any:
         """A graph of `work`, warmed up; None, after one warning, where it cannot be captured.
 
-        reset: undoes what a run of `work` changed.
+        Where memory runs out, what is not in use is freed, and it is tried once more.
+
+        reset: undoes what a run of `work`, or a part of one, changed.
         """
         start_s = time.perf_counter()
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(self.device)
-        graph = torch.cuda.CUDAGraph()
         try:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            made = self._attempt(work, reset)
+            if isinstance(made, torch.cuda.OutOfMemoryError):
+                self._spare()
+                gc.collect()
+                torch.cuda.empty_cache()
+                made = self._attempt(work, reset)
+        finally:
+            self.warmup_s += time.perf_counter() - start_s
+        if not isinstance(made, RuntimeError):
+            self.captured += 1
+            return made
+        gc.collect()
+        out_of_memory = isinstance(made, torch.cuda.OutOfMemoryError)
+        why = "out of memory while capturing." if out_of_memory else str(made).splitlines()[0]
+        if not self.fallen_back:
+            warnings.warn(
+                f"{name}: {why} Its kernels are launched one by one instead of as a graph.",
+                stacklevel=2,
+            )
+        self.fallen_back.append(f"{name}: {why}")
+        return None
+
+    def _attempt(self, work: Callable[[], None], reset: Callable[[], None]) -> Any:
+        """A graph, or why there is none: an error that holds nothing of the attempt."""
+        try:
+            return self._graph_of(work, reset)
+        except RuntimeError as error:
+            why = _cause(error)
+        self._settle()
+        reset()
+        return why
+
+    def _graph_of(self, work: Callable[[], Any], reset: Callable[[], None]) -> Any:
+        here = torch.cuda.current_stream(self.device)
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        if not self._sharing:  # memory that no graph holds any more cannot be shared
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(here):  # a capture that breaks off does not come back by itself
+            self._stream.wait_stream(here)
             with torch.cuda.stream(self._stream):
                 for _ in range(WARMUP_RUNS):
                     work()
                     reset()
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            here.wait_stream(self._stream)
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 work()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = f"{name}: {str(error).splitlines()[0]}"
-            if not self.fallen_back:
-                warnings.warn(
-                    f"{reason} Its kernels are launched one by one instead of as a graph.",
-                    stacklevel=2,
-                )
-            self.fallen_back.append(reason)
-            self._memory = None
-            gc.collect()
-            torch.cuda.synchronize(self.device)
-            return None
-        finally:
-            self.warmup_s += time.perf_counter() - start_s
-        self.captured += 1
+        self._sharing.add(graph)
         return graph
+
+    def _settle(self) -> None:
+        """Wait for what an attempt has launched, and end a capture that broke off."""
+        torch.cuda.synchronize(self.device)
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with suppress(RuntimeError):  # where it did not break off
+            torch._C._cuda_endAllocateToPool(index, self._memory)
+            torch._C._cuda_releasePool(index, self._memory)
+            self._sharing.clear()
+            # Random numbers are drawn as within the capture until another one ends well.
+            self._graph_of(lambda: torch.zeros(1, device=self.device), lambda: None)
+
+
+def _cause(error: RuntimeError) -> RuntimeError:
+    """The first of the errors that led to this one, without the frames that it came through."""
+    cause, before = error, error.__context__
+    while before is not None:
+        cause = before if isinstance(before, RuntimeError) else cause
+        before = before.__context__
+    cause.__context__ = cause.__cause__ = None
+    return cause.with_traceback(None)
 
 
 class Program:
@@ -92,7 +142,7 @@ class Program:
         self, pool: GraphPool, name: str, work: Work, state: Sequence[Tensor] = ()
     ) -> None:
         self._pool, self._name, self._work, self._state = pool, name, work, tuple(state)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Any = None
         self._tried = not pool.enabled
         self._inputs: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
@@ -110,22 +160,25 @@ class Program:
 
     def _capture(self, values: tuple[Tensor, ...]) -> None:
         self._tried = True
-        before = [tensor.clone() for tensor in self._state]
-        inputs = tuple(value.clone() for value in values)
-        outputs: list[Tensor] = []
+        before: tuple[Tensor, ...] = ()
+        inputs: tuple[Tensor, ...] = ()
+        outputs: tuple[Tensor, ...] = ()
 
         def work() -> None:
+            nonlocal before, inputs, outputs
+            before = before or tuple(tensor.clone() for tensor in self._state)
+            inputs = inputs or tuple(value.clone() for value in values)
             made = self._work(*inputs)
-            if not outputs:
-                outputs.extend(torch.empty_like(value) for value in made)
+            outputs = outputs or tuple(torch.empty_like(value) for value in made)
             for own, value in zip(outputs, made, strict=True):
                 own.copy_(value)
 
         def reset() -> None:
-            for tensor, value in zip(self._state, before, strict=True):
+            # What was not noted before memory ran out was not changed either.
+            for tensor, value in zip(self._state, before, strict=False):
                 tensor.copy_(value)
 
-        self._graph = self._pool.capture(self._name, work, reset)
+        graph = self._pool.capture(self._name, work, reset)
         reset()
-        if self._graph is not None:
-            self._inputs, self._outputs = inputs, tuple(outputs)
+        if graph is not None:
+            self._graph, self._inputs, self._outputs = graph, inputs, outputs

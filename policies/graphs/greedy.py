@@ -33,7 +33,7 @@ from .cache import place_bytes
 from .capture import GraphPool
 from .continuation import Widths, rows_of, sections_of
 from .footing import Footing
-from .kept import Kept
+from .kept import Kept, weakly
 from .staged import Prefilled, StagedDecoder
 
 KEPT, KEPT_BYTES = 16, 1_000_000_000
@@ -253,7 +253,7 @@ class GreedySteps:
 
         def made() -> StagedDecoder:
             head = self._model.get_output_embeddings()
-            pool = GraphPool(next(head.parameters()).device)
+            pool = GraphPool(next(head.parameters()).device, spare=weakly(self._behind.spare))
             behind = StagedDecoder(self._text_model, head, parts, widths, pool, batch=batch)
             self._footing.note()  # weights may have moved together
             return behind

@@ -21,6 +21,8 @@ class Kept[Key: Hashable, Value]:
         self._most, self._room = most, room
         self._values: OrderedDict[Key, Value] = OrderedDict()
         self._sizes: dict[Key, int] = {}
+        self._spared: set[Key] = set()
+        self._missed = False
 
     def get(self, key: Key, make: Callable[[], Value], size: int = 0) -> Value:
         """The value of `key`, which is made where there is none; others go before."""
@@ -28,16 +30,32 @@ class Kept[Key: Hashable, Value]:
             while self._values and (
                 len(self._values) >= self._most or sum(self._sizes.values()) + size > self._room
             ):
-                gone, _ = self._values.popitem(last=False)
-                del self._sizes[gone]
+                self._drop(next(iter(self._values)))
+            self._missed |= key in self._spared
             self._values[key] = make()
             self._sizes[key] = size
         self._values.move_to_end(key)
         return self._values[key]
 
+    def spare(self) -> None:
+        """What is not in use goes: all but the value that was used last.
+
+        Once something that went so was wanted again nothing does any more: there is no room for
+        all, and making them in turns takes longer than doing without.
+        """
+        if not self._missed:
+            for key in list(self._values)[:-1]:
+                self._drop(key)
+                self._spared.add(key)
+
     def clear(self) -> None:
         self._values.clear()
         self._sizes.clear()
+        self._spared.clear()
+        self._missed = False
+
+    def _drop(self, key: Key) -> None:
+        del self._values[key], self._sizes[key]
 
     def values(self) -> list[Value]:
         """The one that goes next comes first."""

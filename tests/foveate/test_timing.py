@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.timing import arms, flops, measure, shapes
+from policies.graphs import capture
 from policies.graphs.capture import GraphPool
 from stream.budgets.latency_card import LatencyCard
 from stream.errors import UnknownNameError
 from stream.registry import build_reducer
+
+from ..policies.graphs.taped import ScarcePool
 
 
 @pytest.fixture(autouse=True)
@@ -161,5 +166,29 @@ def test_an_arm_that_runs_out_of_memory_later_has_no_samples(
     monkeypatch.setattr(type(greedy), "run", run)
     found = measure.interleaved([able, greedy], repeats=2, warmup=0, seed=0)
     assert list(found.samples) == [able.key]
+    assert found.left_out == {greedy.key: "out of memory"}
     rows = measure.rows_of([able, greedy], found)
     assert [bool(row["ms"]) for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("room", [0, 4])
+@torch.inference_mode()
+def test_an_arm_whose_graphs_do_not_fit_is_left_out_and_says_why(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs would be launched kernel by kernel, which is no time of graphs."""
+    monkeypatch.setattr(capture, "GraphPool", partial(ScarcePool, room=room))
+    argv = ["bench", "throughput", "--model", "tiny-llava", "--concurrency", "1", "--frames", "4"]
+    argv += ["--decode", "1", "--repeats", "1", "--warmup", "0", "--threads", "1", "--json"]
+    argv += ["--out", str(tmp_path)]
+    with pytest.warns(UserWarning, match="out of memory while capturing"):
+        result = CliRunner().invoke(app, argv)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "throughput_tiny_llava.json").read_text())["rows"]
+    timed = [(row["arm"], row["retain"]) for row in rows if row["ms"]]
+    assert timed == [("eager", 1.0), *[("graph", 1.0)] * (room > 0), ("eager", 0.1)]
+    for row in rows:
+        assert bool(row["left_out"]) == (not row["ms"]) == ("requests_per_s" not in row)
+    what = "prefill of 6 visual tokens" if room else "encoder of tiny-llava"
+    why = rf"not captured: The {what}.*: out of memory while capturing\.; "
+    assert re.match(why, rows[-1]["left_out"])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,16 +38,34 @@ class Tape(TorchDispatchMode):
 
 
 class TapedPool(GraphPool):
-    def __init__(self, device: Any) -> None:
-        super().__init__(device)
+    def __init__(self, device: Any, **options: Any) -> None:
+        super().__init__(device, **options)
         self.enabled = True
 
-    def capture(self, name: str, work: Callable[[], None], reset: Callable[[], None]) -> Any:
+    def _graph_of(self, work: Callable[[], None], reset: Callable[[], None]) -> Any:
         for _ in range(WARMUP_RUNS):
             work()
             reset()
         tape = Tape()
         with tape:
             work()
-        self.captured += 1
+        return tape
+
+    def _settle(self) -> None:
+        pass
+
+
+class ScarcePool(TapedPool):
+    """Has room for some graphs; memory runs out in the middle of making another."""
+
+    def __init__(self, device: Any, room: int, **options: Any) -> None:
+        super().__init__(device, **options)
+        self.room, self._living = room, WeakSet[Tape]()
+
+    def _graph_of(self, work: Callable[[], None], reset: Callable[[], None]) -> Any:
+        if len(self._living) >= self.room:
+            work()
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        tape = super()._graph_of(work, reset)
+        self._living.add(tape)
         return tape

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from policies.graphs import branches
 from policies.graphs.branches import at_once
 from policies.graphs.capture import GraphPool, Program
 
@@ -27,6 +31,37 @@ def test_on_a_cpu_they_run_in_order() -> None:
 
     said = at_once(torch.device("cpu"), [partial(work, i) for i in range(3)])
     assert [int(t) for t in said] == order == [0, 1, 2]
+
+
+class Noted:
+    """A stream that notes which ones wait for which."""
+
+    def __init__(self, name: str, waits: list[str]) -> None:
+        self.name, self._waits = name, waits
+
+    def wait_stream(self, other: Any) -> None:
+        self._waits.append(f"{self.name} for {other.name}")
+
+
+@pytest.mark.parametrize("fails", [0, 1, 2])
+@torch.inference_mode()
+def test_where_one_fails_all_streams_come_back(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture in which one has not come back cannot be ended."""
+    waits: list[str] = []
+    here = Noted("here", waits)
+    cuda = SimpleNamespace(current_stream=lambda device: here, stream=lambda aside: nullcontext())
+    monkeypatch.setattr(branches.torch, "cuda", cuda)
+    monkeypatch.setattr(branches, "_stream", lambda device, i: Noted(f"aside {i}", waits))
+
+    def work(i: int) -> Tensor:
+        if i == fails:
+            raise RuntimeError(f"work {i} failed")
+        return torch.ones(1)
+
+    with pytest.raises(RuntimeError, match=f"work {fails} failed"):
+        at_once(torch.device("cuda"), [partial(work, i) for i in range(3)])
+    forks = ["aside 0 for here", "aside 1 for here"]
+    assert waits == [*forks, "here for aside 0", "here for aside 1"]
 
 
 @pytest.mark.gpu

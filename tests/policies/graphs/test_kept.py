@@ -61,6 +61,27 @@ def test_sizes_share_a_room() -> None:
     assert held == ["a", "ab", "ba", "c", "cb", "d"]
 
 
+def test_all_but_the_last_used_makes_room_until_it_is_wanted_again() -> None:
+    kept: Kept[str, str] = Kept(9, room=99)
+    for key in "abcb":
+        kept.get(key, key.upper, 9)
+    kept.spare()
+    assert list(kept) == ["b"]
+    kept.get("d", str)
+    kept.spare()
+    assert list(kept) == ["d"]
+    kept.get("b", str)
+    kept.spare()
+    assert list(kept) == ["d", "b"], "there is no room for all that is in use"
+    kept.clear()
+    kept.get("d", str)
+    kept.get("b", str)
+    kept.spare()
+    assert list(kept) == ["b"]
+    kept.clear()
+    kept.spare()
+
+
 @pytest.mark.usefixtures("uncollected")
 def test_an_object_that_keeps_a_program_of_its_own_goes() -> None:
     class Scaled:
