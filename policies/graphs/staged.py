@@ -54,13 +54,13 @@ class Prefilled:
 class StagedDecoder(Continuation):
     """A `Continuation` that prefills what it goes on from.
 
-    Use `resume` before the first `extend` behind a prefill.
+    Use `resume` before the first `extend` behind a prefill. programs: of sections, by shape.
     """
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._inside: ref[Prefilled] | None = None
-        self._programs: Kept[tuple[Any, ...], Program] = Kept(KEPT)
+        self.programs: Kept[tuple[Any, ...], Program] = Kept(KEPT)
 
     def prefill(
         self,
@@ -136,9 +136,10 @@ class StagedDecoder(Continuation):
         return said
 
     def taken(self, prefilled: Prefilled) -> DynamicCache:
-        """A cache of its own with what lies in the buffers behind this prefill."""
+        """A cache of its own with what this decoder prefilled, now or earlier."""
         cache = DynamicCache(config=self._model.config)
-        copies = (own.clone().unbind(1) for own in self._buffers(prefilled))
+        held = prefilled.outside or self._buffers(prefilled)
+        copies = (own.clone().unbind(1) for own in held)
         for layer, (keys, values) in enumerate(chain.from_iterable(copies)):
             cache.update(keys, values, layer)
         return cache
@@ -179,7 +180,7 @@ class StagedDecoder(Continuation):
             name = f"Layers {first} to {last}, {length} tokens, batch {self._batch}"
             return Program(self.pool, name, weakly(self._run_section, index, wanted, tail))
 
-        return self._programs.get((index, length, wanted, tail), made)
+        return self.programs.get((index, length, wanted, tail), made)
 
     def _run_section(
         self,

@@ -10,27 +10,33 @@ from stream.data import PatchGrid
 from stream.signals import Signal
 
 from ..adapter import VideoAdapter
-from ..graphs.alone import Alone
-from ..graphs.capture import GraphPool, Program
+from ..graphs.capture import Program
 from ..graphs.kept import Kept, weakly
+from ..graphs.standing import Standing
 
 KEPT = 8
 """Shapes of pixels whose programs are kept; the one that was not used for the longest time goes."""
 
 
-class CapturedEncoder:
+class CapturedEncoder(Standing):
     """`VideoAdapter.encoded`, captured on CUDA where a shape comes again in another request.
 
     Takes about three passes to capture. A call that overlaps another is refused with AttachError.
     """
 
     def __init__(self, adapter: VideoAdapter, saliency: bool) -> None:
+        super().__init__(
+            f"The encoder of {type(adapter.model).__name__}",
+            lambda: [p for p in adapter.model.model.children() if p is not adapter.text_model],
+            adapter.model.device,
+        )
         self._adapter, self._saliency = adapter, saliency
-        self._pool = GraphPool(adapter.model.device)
-        self._alone = Alone(f"The encoder of {type(adapter.model).__name__}")
         self._grids: dict[tuple[int, ...], PatchGrid] = {}
         self._now: set[tuple[int, ...]] = set()
         self._programs: Kept[tuple[int, ...], Program] = Kept(KEPT)
+
+    def _kept(self) -> list[Kept[Any, Any]]:
+        return [self._programs]
 
     def end_request(self) -> None:
         """What was encoded belonged to one request, what comes now belongs to another."""
@@ -46,6 +52,8 @@ class CapturedEncoder:
             self._grids[shape] = grid
             self._now.add(shape)
             return x, grid, signals
+        if not self.ready():
+            return self._adapter.encoded({name: values}, self._saliency)
         with self._alone:
             x, *scores = (made.clone() for made in self._program(name, shape)(values))
         wanted = [Signal.SALIENCY] if self._saliency else []
@@ -54,7 +62,7 @@ class CapturedEncoder:
     def _program(self, name: str, shape: tuple[int, ...]) -> Program:
         def made() -> Program:
             work = weakly(self._run, name)
-            return Program(self._pool, f"The encoder of pixels {shape}", work)
+            return Program(self.pool, f"The encoder of pixels {shape}", work)
 
         return self._programs.get(shape, made)
 

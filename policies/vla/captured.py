@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from stream.reducers.base import Reducer
 
-from ..graphs.alone import Alone
 from ..graphs.buckets import TEXT_STEP, WIDTH_STEP, Section, round_up, sections
-from ..graphs.capture import GraphPool, Program
+from ..graphs.capture import Program
 from ..graphs.kept import Kept
 from ..graphs.staged import Prefilled, StagedDecoder
+from ..graphs.standing import Standing
 from ..prefill import Prefill, VideoSpan
 from .openvla_model import OpenVLA
 from .prompts import Prompts
@@ -65,22 +65,31 @@ class Held:
     anchor: Tensor
     row: int
 
+    def stock(self) -> Held:
+        """The same for passes that nothing captured."""
+        if isinstance(self.cache, Prefilled):
+            return replace(self, cache=self.cache.decoder.taken(self.cache))
+        return self
 
-class CapturedOpenVLA:
+
+class CapturedOpenVLA(Standing):
     """Passes of one network in fixed shapes; policies that share the network share them.
 
     The first pass of a shape captures it, which takes about three passes. A call that overlaps
-    another, of any of these policies, is refused with AttachError.
+    another, of any of these policies, is refused with AttachError. Ask `ready` before each call.
     """
 
     def __init__(self, model: OpenVLA) -> None:
-        self.pool = GraphPool(model.device)
-        self._alone = Alone(type(model).__name__)
+        super().__init__(type(model).__name__, lambda: (model,), model.device)
         self._model = model
         self._passes = 1 if model.is_parallel else model.config.chunk * model.config.action_size
         self._first = model.state_rows + len(model.queries.weight)
         self.encoders: Kept[tuple[Any, ...], Program] = Kept(ENCODERS)
         self.decoders: Kept[tuple[int, Parts, int], StagedDecoder] = Kept(DECODERS)
+
+    def _kept(self) -> list[Kept[Any, Any]]:
+        inside = [decoder.programs for decoder in self.decoders.values()]
+        return [self.encoders, self.decoders, *inside]
 
     def look(self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor) -> Any:
         """As `OpenVLA.look`."""
@@ -125,12 +134,12 @@ class CapturedOpenVLA:
 
     def _act(self, held: Held, parts: Parts, state: Tensor) -> tuple[Tensor, Tensor]:
         model, batch = self._model, len(state)
-        if isinstance(held.cache, Prefilled):
+        if isinstance(held.cache, Prefilled) and held.cache.decoder.pool is self.pool:
             behind = held.cache.decoder
             behind.resume(held.cache)
-        else:
+        else:  # prefilled as it stands, or by what stood on an older state of the network
             behind = self._decoder(batch, parts, held.text)
-            behind.adopt(held.cache, held.position)
+            behind.adopt(held.stock().cache, held.position)
         new = self._first + self._passes - 1
         widths = tuple(
             round_up(held.lengths[section.first] + new, WIDTH_STEP) for section in parts.sections
@@ -162,7 +171,7 @@ class CapturedOpenVLA:
 
     def _made(self, batch: int, parts: Parts, capacity: int) -> StagedDecoder:
         model = self._model
-        return StagedDecoder(
+        made = StagedDecoder(
             model.language_model,
             model.action_head,
             parts.sections,
@@ -173,3 +182,5 @@ class CapturedOpenVLA:
             watch=parts.watched,
             read=model.config.chunk if model.is_parallel else 1,
         )
+        self._footing.note()  # weights may have moved together
+        return made

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
 from ..graphs.kept import Kept, weakly
+from ..graphs.standing import Standing
 from .flow import FlowPruning, FlowSteps, Inference, Request
 from .flow_family import FlowFamily
 
@@ -25,20 +25,22 @@ Like = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and dtypes of what a graph takes."""
 
 
-class CapturedFlow:
+class CapturedFlow(Standing):
     """Parts of a policy, under its pruning, in fixed shapes; what runs is lerobot's own code.
 
     The first call of a shape captures it, which takes about three calls. A call that overlaps
-    another is refused with AttachError.
+    another is refused with AttachError. Ask `ready` before each call.
     """
 
     def __init__(self, family: FlowFamily, pruning: FlowPruning, device: torch.device) -> None:
-        self.pool = GraphPool(device)
-        self._alone = Alone(type(family.policy).__name__)
+        super().__init__(type(family.policy).__name__, lambda: (family.model,), device)
         self._family, self._pruning, self._constants = family, pruning, Constants()
         self.eyes: Kept[Like, Program] = Kept(KEPT)
         self.sections: Kept[tuple[int, int, Like], Program] = Kept(KEPT)
         self.steps: Kept[tuple[tuple[int, ...], Like], _Step] = Kept(KEPT)
+
+    def _kept(self) -> list[Kept[Any, Any]]:
+        return [self.eyes, self.sections, self.steps]
 
     def embed(
         self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor

@@ -124,7 +124,7 @@ class FlowPolicy(VLAPolicy):
         batch = self._batch(observation, cameras)
         pictures, masks = getattr(family.policy, family.pictures)(batch)
         pictures, masks, seen = family.see(batch, pictures, masks)
-        embed = self.captured.embed if self.captured else family.embed
+        embed = (self._fixed_now() or family).embed
         embeds, padding, blocks = embed(pictures, masks, *family.words(batch))
         return FlowScene(
             x=embeds[0, seen.slots(embeds.device)],
@@ -144,7 +144,8 @@ class FlowPolicy(VLAPolicy):
         assert isinstance(scene, FlowScene)
         observation = scene.observation
         request = Request(scene.seen, budget, (memory,), (observation.time_s,))
-        prefill = self.captured.prefill if self.captured else self._prefill
+        fixed = self._fixed_now()
+        prefill = fixed.prefill if fixed else self._prefill
         cache, inference = prefill(request, scene.embeds, scene.padding, scene.blocks)
         memory.tick += 1
         places = scene.seen.index(self.device)
@@ -172,7 +173,8 @@ class FlowPolicy(VLAPolicy):
         # Also tells the processors which state relative actions start from.
         batch = self._batch(known, ())
         inference = held.inference.anew()
-        flow = self.captured.flow if self.captured else self._flow
+        fixed = self._fixed_now()
+        flow = fixed.flow if fixed else self._flow
         actions = flow(
             inference.steps,
             self._noise(seed),
@@ -186,6 +188,9 @@ class FlowPolicy(VLAPolicy):
         attention = torch.zeros(prefix.grid.size, device=self.device)
         attention[prefix.plan.anchor] = inference.attention()[0]
         return ActionChunk(chunk, held.observation.time_s), attention
+
+    def _fixed_now(self) -> CapturedFlow | None:
+        return self.captured if self.captured and self.captured.ready() else None
 
     def _prefill(self, request: Request, *prefix: Tensor) -> tuple[Any, Inference]:
         """As `CapturedFlow.prefill`, kernel by kernel."""

@@ -136,7 +136,7 @@ class OpenVLAPolicy(VLAPolicy):
             for o, own in zip(observations, seen, strict=True)
             for _ in own
         ]
-        tokens, pointed = (self.captured or self.model).look(
+        tokens, pointed = (self._fixed_now() or self.model).look(
             images,
             torch.tensor(camera, device=self.device),
             pad_sequence(words, batch_first=True),
@@ -203,8 +203,8 @@ class OpenVLAPolicy(VLAPolicy):
                     )
                 ],
             )
-        elif self.captured and self._parts.fit and prompts.mask is None:
-            cache, seen = self.captured.prefill(self.reducer, self._parts, spans, prompts)
+        elif self._parts.fit and prompts.mask is None and (fixed := self._fixed_now()):
+            cache, seen = fixed.prefill(self.reducer, self._parts, spans, prompts)
         else:
             cache = DynamicCache()
             with self._hooks:
@@ -258,18 +258,21 @@ class OpenVLAPolicy(VLAPolicy):
         state = torch.from_numpy(np.stack([o.state for o in observations]))
         state = state.to(self.device, non_blocking=True)
         state = (state - self._state_mean) / self._state_std if self._spec.state_size else state
-        if self.captured and self._parts.fit and held.mask is None:
-            actions, looked = self.captured.act(held, self._parts, state)
+        if self._parts.fit and held.mask is None and (fixed := self._fixed_now()):
+            actions, looked = fixed.act(held, self._parts, state)
             attention = looked.new_zeros(len(looked), self._spec.grid.size)
             attention.scatter_(1, held.anchor, looked.gather(1, held.slots))
         else:
-            actions, attention = self._act_stock(held, state)
+            actions, attention = self._act_stock(held.stock(), state)
         actions = (actions + 1) / 2 * (self._high - self._low) + self._low
         chunks = [
             ActionChunk(chunk, prefix.observed_s)
             for chunk, prefix in zip(actions.float().cpu().numpy(), prefixes, strict=True)
         ]
         return chunks, attention[:, prefixes[0].places]
+
+    def _fixed_now(self) -> CapturedOpenVLA | None:
+        return self.captured if self.captured and self.captured.ready() else None
 
     def _act_stock(self, held: Held, state: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised actions [b, chunk, a], attention [b, places of all cameras])"""

@@ -66,7 +66,7 @@ class Pair:
     @property
     def counts(self) -> tuple[int, int, int]:
         """Programs of parts of prefills, of texts behind them, of steps."""
-        kept = [(len(c._programs), len(c._texts), len(c._steps)) for c in self.shapes]
+        kept = [(len(c.programs), len(c._texts), len(c._steps)) for c in self.shapes]
         parts, texts, steps = map(sum, zip(*kept, strict=True))
         return parts, texts, steps
 

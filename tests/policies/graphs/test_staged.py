@@ -133,7 +133,7 @@ def test_sections_are_built_once_for_each_length() -> None:
     one = decoder(text_model, head, stages, 1)
     for _ in range(3):
         prefilled(one, stages, spans([Memory()], 0.0), torch.randn(1, LENGTH, 64))
-    assert len(one._programs) == 2
+    assert len(one.programs) == 2
 
 
 def test_a_stage_inside_a_section_is_refused() -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from policies.adapter import VideoAdapter
+from policies.graphs import standing
 from policies.models import load
 from policies.reasoner import VideoReasoner
-from policies.vision import captured
 from policies.vision.captured import CapturedEncoder
 from stream.data import Budget
 from stream.errors import AttachError
@@ -18,6 +19,7 @@ from stream.memory import Memory
 from stream.pipeline import EncodedVideo, reduce_video
 from stream.registry import build_reducer
 
+from .. import changes
 from ..graphs.taped import TapedPool
 from ..test_reasoner import FRAMES, family
 
@@ -85,13 +87,63 @@ def test_an_encoder_that_asks_the_device_back_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("method", ["holitom", "identity"])
 def test_replayed_operators_do_without_python(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    monkeypatch.setattr(standing, "GraphPool", TapedPool)
     encoder = encoded_again_and_again(family("llava_onevision"), method, 1e-6)
-    assert encoder._pool.captured == 1
+    assert encoder.pool.captured == 1
+
+
+def converted(network: nn.Module) -> None:
+    network.double()
+
+
+@pytest.mark.parametrize("taped", [True, False])
+@pytest.mark.parametrize("change", [changes.assigned, changes.overwritten, converted])
+def test_a_changed_tower_encodes_as_it_is_now(
+    change: changes.Change, taped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if taped:
+        monkeypatch.setattr(standing, "GraphPool", TapedPool)
+    parts = family("llava_onevision")
+    off, on = pair(parts, "holitom")
+    assert on._encoder is not None
+
+    def encoded() -> EncodedVideo:
+        on._encoder.end_request()
+        made = on.encode(FRAMES[:3])
+        same(made, off.encode(FRAMES[:3]), 1e-6)
+        return made
+
+    before = [encoded(), encoded()][1]
+    pool = on._encoder.pool
+    change(parts[0].model.vision_tower if change is not converted else parts[0])
+    after = encoded()
+    assert not torch.equal(before.x, after.x)
+    assert (on._encoder.pool is pool) == (change is changes.overwritten)
+    assert on._encoder.pool.captured == taped
+
+
+def test_hooks_on_a_tower_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "GraphPool", TapedPool)
+    parts = family("llava_onevision")
+    off, on = pair(parts, "holitom")
+    assert on._encoder is not None
+    for _ in range(2):
+        on._encoder.end_request()
+        free = on.encode(FRAMES[:3])
+    on._encoder.end_request()
+    name = next(n for n, _ in parts[0].model.vision_tower.named_modules() if n.endswith("fc1"))
+    with changes.hooked(parts[0].model.vision_tower, name) as ran:
+        with pytest.warns(UserWarning, match="The encoder of .* has hooks"):
+            bound = on.encode(FRAMES[:3])
+        assert len(ran) == 1
+        same(bound, off.encode(FRAMES[:3]), 0.0)
+    assert not torch.equal(bound.x, free.x)
+    same(on.encode(FRAMES[:3]), free, 0.0)
+    assert on._encoder.pool.captured == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["holitom", "identity"])
 def test_a_gpu_encodes_the_same_captured(method: str) -> None:
     encoder = encoded_again_and_again(load("tiny-video", "cuda", torch.float32), method, 1e-4)
-    assert (encoder._pool.captured, encoder._pool.fallen_back) == (1, [])
+    assert (encoder.pool.captured, encoder.pool.fallen_back) == (1, [])

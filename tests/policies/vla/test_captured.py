@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from policies.graphs import standing
 from policies.graphs.capture import GraphPool, Program
 from policies.graphs.staged import Prefilled
 from policies.graphs.wanted import Capture
@@ -141,7 +142,7 @@ def test_prefixes_of_two_episodes_are_acted_from_in_any_order(head: str) -> None
 def test_replayed_operators_do_without_python(
     head: str, name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    monkeypatch.setattr(standing, "GraphPool", TapedPool)
     fixed, stock = (policy(head, build_reducer(name, **settings), c) for c in CAPTURES)
     assert fixed.captured is not None
     budgets = (8, 32, 8, 5, 8, 5)
@@ -216,7 +217,7 @@ def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_behind_a_warm_start_nothing_is_captured(
     head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captured, "GraphPool", TapedPool)
+    monkeypatch.setattr(standing, "GraphPool", TapedPool)
     one, stock = (policy(head, VLAPruner(layer=2), capture) for capture in CAPTURES)
     assert one.captured is not None
     warm(one, observation(), (8, 32))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from policies.graphs import standing
 from policies.graphs.constants import Constants
 from policies.graphs.wanted import Capture
 from policies.vla import flow_captured
@@ -200,7 +201,7 @@ def test_a_call_that_overlaps_another_is_refused(
 
 
 def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow_captured, "GraphPool", TapedPool)
+    monkeypatch.setattr(standing, "GraphPool", TapedPool)
     fixed, stock = both(parts, build_reducer("vla_pruner", layer=3))
     memories = Memory(), Memory()
     for tick, (tokens, steps) in enumerate(((9, None), (N, 2), (9, 2), (N, None), (9, None))):
