@@ -36,6 +36,7 @@ def synthetic_features(
     return x.view(-1, channels).to(device, dtype)
 
 
+@torch.inference_mode()
 def merge_cost(
     frames: int,
     grid_side: int,

@@ -21,10 +21,10 @@ Pair = tuple[Tensor, Tensor]
 class LeanExpert:
     """Says what `FlowSubject.actions` says, up to rounding.
 
-    What no flow step changes is made once: keys and values that layers project of the prefix, those
-    of the state, which sees no action, and all that hangs on the flow time alone, which is the same
-    in every call. Layers that read the same are one product; sums, norms, rotations and gates are
-    one kernel each on CUDA.
+    What no flow step changes is made once: keys and values that layers project of the prefix; those
+    of the state, which sees no action and so goes through the layers with the first step alone; all
+    that hangs on the flow time, which is the same in every call. Layers that read the same are one
+    product; sums, norms, rotations and gates are one kernel each on CUDA.
     """
 
     @torch.inference_mode()
@@ -44,43 +44,41 @@ class LeanExpert:
 
     def __call__(self, noise: Tensor, state: Tensor, keys: Held, values: Held) -> Tensor:
         """See `FlowSubject.actions`."""
-        expert, first = self._subject.expert, self._shape.first
-        cos, sin = self._subject.rotary(keys[0])
+        expert, shape = self._subject.expert, self._shape
+        tables = self._subject.rotary(keys[0])
         seen = [
             layer.behind(key, value)
             for layer, key, value in zip(self._layers, keys, values, strict=True)
         ]
-        if expert.state is not None:
-            row = expert.state(state.to(self._when.dtype))[:, None]
-            _, seen = self._through(row, 0, (cos[:, :first], sin[:, :first]), seen)
-        rotary = (cos[:, first:], sin[:, first:])
-        for step in range(self._shape.steps):
-            noise = noise - self._velocity(noise, step, rotary, seen).float() / self._shape.steps
+        for step in range(shape.steps):
+            x = expert.enter(noise.to(self._when.dtype))
+            if not shape.modulated:
+                x = expert.time(torch.cat([x, self._when[step].expand_as(x)], -1))
+            if step == 0 and expert.state is not None:
+                x = torch.cat([expert.state(state.to(x.dtype))[:, None], x], 1)
+            x, seen = self._through(x, step, tables, seen)
+            noise = noise - expert.leave(x).float() / shape.steps
         return noise
 
-    def _velocity(self, noisy: Tensor, step: int, rotary: Pair, seen: Sequence[Pair]) -> Tensor:
-        expert = self._subject.expert
-        x = expert.enter(noisy.to(self._when.dtype))
-        if not self._shape.modulated:
-            x = expert.time(torch.cat([x, self._when[step].expand_as(x)], -1))
-        velocity: Tensor = expert.leave(self._through(x, step, rotary, seen)[0])
-        return velocity
-
     def _through(
-        self, x: Tensor, step: int, rotary: Pair, seen: Sequence[Pair]
+        self, x: Tensor, step: int, tables: Pair, seen: Sequence[Pair]
     ) -> tuple[Tensor, list[Pair]]:
-        """x [b, n, d] behind the last norm, and the keys and values that each layer saw: those
-        given, and its own of x if it is joint."""
+        """(the actions behind the last norm [b, chunk, d], what the next ones see in each layer)
+
+        x: [b, n, d], the actions, and in front of them what stays for the next ones to see.
+        """
+        cos, sin = (table[:, -x.shape[1] :] for table in tables)
+        first = x.shape[1] - self._shape.chunk
         more: Tensor | None = None
         norms = iter(self._norms)
-        grown = []
-        for layer, (key, value) in zip(self._layers, seen, strict=True):
+        stays = []
+        for layer, known in zip(self._layers, seen, strict=True):
             x, h, gate = next(norms)(x, more, step)
-            query, key, value = layer.beside(h, rotary, key, value)
-            grown.append((key, value))
-            x, h, gate = next(norms)(x, gated(layer.attend(query, key, value), gate), step)
+            read, kept = layer.attend(h, (cos, sin), known, first)
+            stays.append(kept)
+            x, h, gate = next(norms)(x, gated(read, gate), step)
             more = gated(layer.widen(h), gate)
-        return next(norms)(x, more, step)[1], grown
+        return next(norms)(x, more, step)[1][:, first:], stays
 
 
 class _LeanLayer:
@@ -97,22 +95,23 @@ class _LeanLayer:
         """What the layer attends to of the prefix."""
         return (key, value) if self._layer.joint else self._layer.projected(key, value)
 
-    def beside(
-        self, h: Tensor, rotary: Pair, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(queries of h, keys and values that they attend to), [b, heads, n, d] each."""
+    def attend(self, h: Tensor, rotary: Pair, known: Pair, first: int) -> tuple[Tensor, Pair]:
+        """(what h [b, n, d] makes of `known` keys and values and its own, and these but for those
+        of the actions). The first rows of h, which are no actions, see none of them."""
         heads = (*h.shape[:2], -1, self._layer.size)
         query, *own = (part.view(heads) for part in self._project(h))
         query, turned = self._rotate(query, own[0] if own else query[:, :, :0], *rotary)
+        query, (key, value), kept = query.transpose(1, 2), known, known
         if own:
             key = torch.cat([key, turned.transpose(1, 2)], 2)
             value = torch.cat([value, own[1].transpose(1, 2)], 2)
-        return query.transpose(1, 2), key, value
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        seen = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            stop = key.shape[2] - h.shape[1] + first
+            kept = key[:, :, :stop], value[:, :, :stop]
+        seen = looked(query[:, :, first:], key, value)
+        if first:
+            seen = torch.cat([looked(query[:, :, :first], *kept), seen], 2)
         out: Tensor = self._layer.out(seen.transpose(1, 2).flatten(2))
-        return out
+        return out, kept
 
     def widen(self, h: Tensor) -> Tensor:
         down: Tensor = self._layer.mlp.down(self._gate(*self._widen(h)))
@@ -147,3 +146,7 @@ class _LeanNorm:
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else x * gate
+
+
+def looked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)

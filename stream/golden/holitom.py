@@ -75,7 +75,7 @@ def _check_assignment(case: Arrays) -> str:
     x, centre_index = tensor(case["x"]), tensor(case["targets"])
     n = x.shape[1]
     centre = torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, centre_index, True)
-    owner = clusters.assign(tensor(case["dist"]), centre)
+    owner = clusters.assign(tensor(case["dist"]), centre) % n
     rules: tuple[merges.MergeRule, ...] = ("beta", "mean")
     for rule in rules:
         rows = []

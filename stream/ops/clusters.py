@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .built import built
+from .merges import MergeRule, cluster_weights
 
 
 def density_peak_score(
@@ -16,14 +17,16 @@ def density_peak_score(
     neighbours: Tensor,
     valid: Tensor | None = None,
     noise: Tensor | None = None,
+    boost: Tensor | None = None,
     most: int | None = None,
 ) -> Tensor:
-    """rho * delta of every point, float32 [b, n]; -inf outside `valid`.
+    """rho * delta (* boost) of every point, float32 [b, n]; -inf outside `valid`.
 
     rho = exp(-mean squared distance to the `neighbours` nearest points, itself included);
     delta = distance to the nearest denser point, or the largest distance where none is denser.
 
-    distance: [b, n, n]; neighbours: long [b]; valid: bool [b, n]; noise: [b, n] added to rho.
+    distance: [b, n, n]; neighbours: long [b]; valid: bool [b, n]; noise: [b, n] added to rho;
+    boost: float32 [b, n].
     most: the largest of `neighbours`; without it the device is asked.
     Source: HoliTom (arXiv 2505.21334), clustering of static tokens.
     """
@@ -33,7 +36,7 @@ def density_peak_score(
     if most is None:
         most = int(neighbours.max())
     if noise is None and (kernels := kernels_for(distance)):
-        scored: Tensor = kernels.density_peak_score(distance, neighbours, valid, most)
+        scored: Tensor = kernels.density_peak_score(distance, neighbours, valid, boost, most)
         return scored
     pair = valid[:, :, None] & valid[:, None, :]
     apart = ~pair
@@ -45,21 +48,36 @@ def density_peak_score(
     largest = distance.masked_fill(apart, 0.0).amax((-2, -1))[:, None, None]
     denser = (rho[:, None, :] > rho[:, :, None]) & pair
     delta = torch.where(denser, distance, largest).amin(-1)
-    return (rho * delta).masked_fill(~valid, -torch.inf)
+    score = rho * delta if boost is None else rho * delta * boost
+    return score.masked_fill(~valid, -torch.inf)
 
 
 def assign(distance: Tensor, centre: Tensor) -> Tensor:
-    """Index of the nearest centre of every point, long [b, n]; ties go to the lower index.
+    """The nearest centre of every point, long [b, n], counted through all groups: b * n places.
 
-    distance: [b, n, n]; centre: bool [b, n]. A centre is its own.
+    distance: [b, n, n]; centre: bool [b, n]. Ties go to the lower index; a centre is its own.
     """
     if kernels := kernels_for(distance):
         nearest: Tensor = kernels.assign(distance, centre)
         return nearest
     to_centre = distance.masked_fill(~centre[:, None, :], torch.inf)
     owner = to_centre.argmin(-1)
-    own = torch.arange(distance.shape[-1], device=distance.device).expand_as(owner)
-    return torch.where(centre, own, owner)
+    b, n = owner.shape
+    own = torch.arange(b * n, device=owner.device).view(b, n)
+    return torch.where(centre, own, owner + own[:, :1])
+
+
+def weights(owner: Tensor, times: Tensor, rule: MergeRule, beta: float) -> Tensor:
+    """What each of the tokens that a point stands for gives to the point's cluster, float32 [b, n].
+
+    owner: long [b, n], from `assign`; times: long [b, n], tokens of each point, 0 for no point.
+    """
+    if kernels := kernels_for(owner):
+        given: Tensor = kernels.weights(owner, times, rule == "mean", beta)
+        return given
+    own = torch.arange(owner.numel(), device=owner.device).view_as(owner)
+    owner = torch.where(times > 0, owner, own)
+    return cluster_weights(owner.view(-1), rule, beta).view_as(owner) / times.clamp_min(1)
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
@@ -78,8 +96,9 @@ def _compiled() -> ModuleType | None:
         pairs = torch.zeros(1, 2, 2, device="cuda")
         valid = pairs[:, 0] == 0
         distance = clusters_cuda.distances(pairs, 2)
-        clusters_cuda.density_peak_score(distance, torch.ones_like(valid[:, 0]).long(), valid, 1)
-        clusters_cuda.assign(distance, valid)
+        some = valid.long()
+        clusters_cuda.density_peak_score(distance, some[:, 0], valid, None, 1)
+        clusters_cuda.weights(clusters_cuda.assign(distance, valid), some, False, 0.5)
         return clusters_cuda
 
     return built(run, "Clusters are found in several launches")

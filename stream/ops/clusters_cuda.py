@@ -48,7 +48,7 @@ def _crowd(distance, neighbours, valid, rho, largest, n, most, BLOCK: tl.constex
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _peak(distance, valid, rho, largest, score, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _peak(distance, valid, rho, largest, boost, score, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     group, point = tl.program_id(0).to(tl.int64), tl.program_id(1)
     other = tl.arange(0, BLOCK)
     exists = other < n
@@ -60,7 +60,10 @@ def _peak(distance, valid, rho, largest, score, n, BLOCK: tl.constexpr):  # type
     far = tl.max(tl.load(largest + at + other, mask=exists, other=0.0), 0)
     row = tl.load(distance + (at + point) * n + other, mask=exists, other=0.0)
     delta = tl.min(tl.where(denser, row, far), 0)
-    tl.store(score + at + point, tl.where(here, own * delta, float("-inf")))
+    peak = own * delta
+    if boost is not None:
+        peak *= tl.load(boost + at + point)
+    tl.store(score + at + point, tl.where(here, peak, float("-inf")))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -73,7 +76,25 @@ def _assign(distance, centre, owner, n, BLOCK: tl.constexpr):  # type: ignore[no
     row = tl.load(distance + (at + point) * n + other, mask=exists, other=0.0)
     nearest = tl.argmin(tl.where(chosen, row, float("inf")), 0)
     itself = tl.load(centre + at + point) != 0
-    tl.store(owner + at + point, tl.where(itself, point, nearest).to(tl.int64))
+    tl.store(owner + at + point, at + tl.where(itself, point, nearest))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weights(owner, times, weight, n, beta, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    group, point = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    other = tl.arange(0, BLOCK)
+    at = group * n
+    exists = tl.load(times + at + other, mask=other < n, other=0) > 0
+    mine = tl.load(owner + at + point)
+    same = exists & (tl.load(owner + at + other, mask=exists, other=-1) == mine)
+    size = tl.sum(same.to(tl.int32), 0).to(tl.float32)
+    if MEAN:
+        share = 1.0 / size
+    else:
+        centre = tl.where(size > 1, beta, 1.0)
+        share = tl.where(mine == at + point, centre, (1.0 - beta) / tl.maximum(size - 1, 1.0))
+    stands_for = tl.maximum(tl.load(times + at + point), 1).to(tl.float32)
+    tl.store(weight + at + point, share / stands_for)
 
 
 def distances(dot: Tensor, channels: int) -> Tensor:
@@ -85,14 +106,17 @@ def distances(dot: Tensor, channels: int) -> Tensor:
     return out
 
 
-def density_peak_score(distance: Tensor, neighbours: Tensor, valid: Tensor, most: int) -> Tensor:
+def density_peak_score(
+    distance: Tensor, neighbours: Tensor, valid: Tensor, boost: Tensor | None, most: int
+) -> Tensor:
     """As `clusters.density_peak_score`."""
     b, n, _ = distance.shape
     distance, valid = distance.contiguous(), valid.contiguous()
+    boost = None if boost is None else boost.contiguous()
     rho, largest, score = torch.empty(3, b, n, device=distance.device)
     with torch.cuda.device_of(distance):
         _crowd[(b, n)](distance, neighbours, valid, rho, largest, n, min(most, n), _block(n))
-        _peak[(b, n)](distance, valid, rho, largest, score, n, _block(n))
+        _peak[(b, n)](distance, valid, rho, largest, boost, score, n, _block(n))
     return score
 
 
@@ -103,6 +127,15 @@ def assign(distance: Tensor, centre: Tensor) -> Tensor:
     with torch.cuda.device_of(distance):
         _assign[(b, n)](distance.contiguous(), centre.contiguous(), owner, n, _block(n))
     return owner
+
+
+def weights(owner: Tensor, times: Tensor, mean: bool, beta: float) -> Tensor:
+    """As `clusters.weights`."""
+    b, n = owner.shape
+    weight = torch.empty(b, n, device=owner.device)
+    with torch.cuda.device_of(owner):
+        _weights[(b, n)](owner, times.contiguous(), weight, n, beta, mean, _block(n))
+    return weight
 
 
 def _block(n: int) -> int:

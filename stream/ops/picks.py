@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from .built import built
+
+
+def ordered(x: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """(values in order, where each was, long), row by row; of equal ones the lower index first.
+
+    x: [..., n].
+    """
+    if kernels := _kernels_for(x):
+        values: Tensor
+        order: Tensor
+        values, order = kernels.ordered(x, descending)
+        return values, order
+    made = torch.sort(x, dim=-1, descending=descending, stable=True)
+    return made.values, made.indices
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Place of each score in the falling order of its row, long [..., n]; ties as in `ordered`."""
+    if kernels := _kernels_for(score):
+        counted: Tensor = kernels.ranks(score)
+        return counted
+    order = ordered(score, descending=True)[1]
+    place = torch.arange(score.shape[-1], device=score.device)
+    return torch.empty_like(order).scatter_(-1, order, place.expand_as(order))
 
 
 def best(score: Tensor, k: int) -> Tensor:
     """Indices of the k largest scores, the largest first, long [..., min(k, n)]; ties go to lower
     indices. score: [..., n]."""
-    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :k]
+    return ordered(score, descending=True)[1][..., :k]
 
 
 def top(score: Tensor, k: int) -> Tensor:
@@ -22,20 +51,16 @@ def top_mask(score: Tensor, k: Tensor) -> Tensor:
 
     score: [..., n]; k: long [...], or what broadcasts to it.
     """
-    n = score.shape[-1]
-    order = best(score, n)
-    among = torch.arange(n, device=score.device) < k[..., None]
-    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, among.expand_as(order))
+    return ranks(score) < k[..., None]
 
 
 def top_places(score: Tensor, pick: Tensor, base: Tensor) -> Tensor:
-    """Chosen ranks of each row, of equal scores the lower index first: base + index, ascending.
+    """Chosen ranks of each row, of equal scores the lower index first: base + index, long [k].
 
     score: [r, n]; pick: long [k], places in the rows sorted by falling score and laid end to end;
     base: long [k]. Unlike `top_mask` and `places` it needs no mask of all n.
     """
-    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
-    return (order.view(-1)[pick] + base).sort().values
+    return ordered(score, descending=True)[1].view(-1)[pick] + base
 
 
 def places(mask: Tensor, count: int) -> Tensor:
@@ -70,3 +95,25 @@ def staggered(frames: int, per_frame: int, k: int) -> Tensor:
     phase = (0.5 + frame * 0.6180339887498949) % 1.0
     within = (rank + phase[frame_of]) * per_frame / count[frame_of]
     return frame_of * per_frame + within.long().clamp_(max=per_frame - 1)
+
+
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """`order_cuda`, where it can take rows as long as those of x [..., n]."""
+    module = _compiled() if x.is_cuda and x.numel() else None
+    fits = module is not None and x.shape[-1] <= module.LARGEST and x.dtype in module.DTYPES
+    return module if fits else None
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """`order_cuda`, once it has run."""
+
+    def run() -> ModuleType:
+        from . import order_cuda
+
+        row = torch.zeros(2, device="cuda")
+        order_cuda.ordered(row, descending=True)
+        order_cuda.ranks(row)
+        return order_cuda
+
+    return built(run, "Rows are sorted in several launches")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .built import built
-from .similarity import pairwise_cosine
+from .similarity import dots, pairwise_cosine
 
 
 def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
@@ -28,12 +27,14 @@ def farthest(x: Tensor, valid: Tensor, k: int) -> Tensor:
     b, n, _ = x.shape
     if n == 0 or k == 0:
         return torch.full((b, k), -1, device=x.device)
-    distance = 1.0 - pairwise_cosine(x.detach())
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    isolation = torch.where(valid[:, None, :], distance, torch.inf).amin(-1)
-    isolation.masked_fill_(~valid, -torch.inf)
-    one_kernel = _one_kernel(n) if distance.is_cuda else None
-    picks = (one_kernel or chain)(distance, isolation, min(k, n))
+    x = x.detach()
+    if kernels := kernels_for(x):
+        picks: Tensor = kernels.chain(*kernels.apart(dots(x), valid), min(k, n))
+    else:
+        distance = 1.0 - pairwise_cosine(x)
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        isolation = torch.where(valid[:, None, :], distance, torch.inf).amin(-1)
+        picks = chain(distance, isolation.masked_fill_(~valid, -torch.inf), min(k, n))
     return F.pad(picks, (0, k - n), value=-1) if k > n else picks
 
 
@@ -58,10 +59,10 @@ def chain(distance: Tensor, isolation: Tensor, k: int) -> Tensor:
     return picks.masked_fill_(spent, -1)
 
 
-def _one_kernel(n: int) -> Callable[[Tensor, Tensor, int], Tensor] | None:
-    """`chain` as one CUDA kernel, if there is one for groups of n points."""
-    module = _compiled()
-    return module.chain if module is not None and n <= module.LARGEST else None
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """`spread_cuda`, where it can take groups as large as those of x [b, n, ...]."""
+    module = _compiled() if x.is_cuda else None
+    return module if module is not None and x.shape[1] <= module.LARGEST else None
 
 
 @cache
@@ -71,8 +72,8 @@ def _compiled() -> ModuleType | None:
     def run() -> ModuleType:
         from . import spread_cuda
 
-        distance = torch.zeros(1, 2, 2, device="cuda")
-        spread_cuda.chain(distance, distance[:, 0], 2)
+        dot = torch.zeros(1, 2, 2, device="cuda")
+        spread_cuda.chain(*spread_cuda.apart(dot, dot[:, 0] == 0), 2)
         return spread_cuda
 
     return built(run, "Farthest picks are launched one by one")

@@ -115,6 +115,7 @@ class HoliTom(Reducer):
         the host, so every shape is known there and nothing waits for the device.
         """
         device, n, size = x.device, grid.size, grid.per_frame
+        published_order = self.order == "published"
         by_clusters = dynamic_count - (dynamic_count * (1 - self.contextual)).round().astype(int)
         layout = Layout.of(
             windows,
@@ -123,26 +124,28 @@ class HoliTom(Reducer):
             by_clusters,
             self.neighbours,
             few_neighbours=self.counts == "published",
-            published_order=self.order == "published",
+            published_order=published_order,
         )
         at = layout.on(device)
-        still = torch.from_numpy(windows.static[windows.segment]).to(device, non_blocking=True)
-        score = saliency.view(-1, size).masked_fill(still, -torch.inf)
-        token = torch.cat([at.still, picks.top_places(score, at.pick, at.pick_base) % n])
-        col = token[at.entry] + at.step
-        share = at.times.reciprocal()
-
-        row, owner = at.alone, at.alone
-        if layout.place.size:
-            centre, own = self._cluster(x, saliency, layout, at, col, share)
-            row, owner = torch.cat([centre, row]), torch.cat([own, owner])
-        weight = merges.cluster_weights(owner, self.merge, self.beta)
-        key = token + at.shift
-        rank, order = torch.sort(key[row])
-        cell = torch.searchsorted(rank, key[owner][at.entry]) * n + col
-        cell, by_cell = torch.sort(cell)
-        weight = (weight[at.entry] * share)[by_cell]
-        return Plan(token[row[order]], n, cell // n, cell % n, weight)
+        score = saliency.index_fill(0, at.still, -torch.inf).view(-1, size)
+        picked = picks.top_places(score, at.pick, at.pick_base)
+        clustered = layout.home.size - layout.seen.size
+        if clustered:
+            picked = torch.cat([picks.ordered(picked[:clustered])[0], picked[clustered:]])
+        key = torch.cat([at.seen, picked])
+        token = key % n if published_order else key
+        owner = row = key[layout.home.size :]
+        weight = torch.ones(row.shape, device=device)
+        if layout.home.size:
+            centre, own, share = self._cluster(x, saliency, layout, at, key, token)
+            both = torch.cat([own, row, centre])
+            owner, row = both[: key.numel()], both[layout.home.size :]
+            weight = torch.cat([share, weight])
+        rank = picks.ordered(row)[0]
+        cell, order = picks.ordered(torch.add(token, owner, alpha=n))
+        slot = torch.searchsorted(rank, cell // n)
+        anchor = rank % n if published_order else rank
+        return Plan(anchor, n, slot, cell % n, weight[order])
 
     def _cluster(
         self,
@@ -150,27 +153,30 @@ class HoliTom(Reducer):
         saliency: Tensor,
         layout: Layout[Longs],
         at: Layout[Tensor],
-        col: Tensor,
-        share: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        key: Tensor,
+        token: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """DPC-KNN within each group, padded to the widest.
 
-        at: the layout on the device of x; col, share: the entries of all members. Returns the
-        members that are centres, ascending, and the centre of each member that is clustered.
+        at: the layout on the device of x; key, token: of all entries. Returns the keys of the
+        centres, and of each entry in a group its centre's key and its weight there.
         """
         shape = (layout.size.size, int(layout.size.max()))
-        valid = torch.arange(shape[1], device=x.device) < at.size[:, None]
-        held = col.numel() - layout.alone.size
-        mean = partial(weighted_sums, col=col[:held], start=at.bag, weight=share[:held])
-        features = mean(x).float().view(*shape, -1)
-        distance = similarity.distances(similarity.centre_(features, at.size))
-        most = int(layout.near.max())
-        density = clusters.density_peak_score(distance, at.near, valid, most=most)
+        times = at.times.view(shape)
+        valid = times > 0
+        col, share = token[: layout.home.size], at.among.reciprocal()
+        mean = partial(weighted_sums, col=col, start=at.bag, weight=share)
+        features = similarity.centred(mean(x).view(*shape, -1), at.size)
+        distance = similarity.distances(features)
+        boost = None
         if self.static_saliency:
-            boost = mean(saliency[:, None]).view(shape).clamp_min(1e-12)
-            density = torch.where(valid, density * boost**self.static_saliency, density)
+            boost = mean(saliency[:, None]).view(shape).clamp_min(1e-12) ** self.static_saliency
+        most = int(layout.near.max())
+        density = clusters.density_peak_score(distance, at.near, valid, boost=boost, most=most)
         place = picks.top_places(density, at.centre, at.centre_base)
         centre = torch.zeros_like(valid)
         centre.view(-1).index_fill_(0, place, True)
-        owner = clusters.assign(distance, centre).view(-1)[at.place] + at.base
-        return place - at.centre_shift, owner
+        owner = clusters.assign(distance, centre)
+        weight = clusters.weights(owner, times, self.merge, self.beta).view(-1)
+        first = key[at.first]
+        return first[place], first[owner.view(-1)[at.home]], weight[at.home]

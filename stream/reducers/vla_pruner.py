@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -198,11 +199,10 @@ class VLAPruner(BatchReducer):
         absent = score == -torch.inf
         action = self.guide(histories, now_s, grid, score.device)
         if self.mode == "default":
-            action = torch.where(action > 0, action, -torch.inf)
+            action = F.threshold(action, 0.0, -torch.inf)
         levels = torch.stack([score, action]).masked_fill_(absent, -torch.inf)
-        both = _shares_of_one(levels).sum(0).masked_fill_(absent, -torch.inf)
-        count = self._share(both.view(len(place), groups, -1), k)
         levels = levels.view(2, len(place), groups, -1)
+        count = self._share(levels, k)
         for i, history in enumerate(histories):
             phase = self._refresh_phase(history, now_s[i])
             if phase is not None:
@@ -263,19 +263,21 @@ class VLAPruner(BatchReducer):
         """Size of a top set, as a multiple of what may stay."""
         return self.reach if self.mode == "default" else 1
 
-    def _share(self, score: Tensor, k: int) -> Tensor:
+    def _share(self, levels: Tensor, k: int) -> Tensor:
         """Tokens for each group, long [b, g], sum k: floors first, then the best scores anywhere.
 
-        score: [b, g, p], -inf where there is no token.
+        levels: [2, b, g, p], semantic and action scores, -inf where there is no token.
         """
-        streams, groups, _ = score.shape
+        _, streams, groups, _ = levels.shape
         if groups == 1:
-            return torch.full((streams, 1), k, device=score.device)
-        floor = picks.best(score, int(self.camera_floor * k / groups))
-        floored = score.scatter(-1, floor, torch.inf).masked_fill_(score == -torch.inf, -torch.inf)
-        first = picks.best(floored.view(streams, -1), k)
-        taken = torch.zeros_like(score, dtype=torch.bool).view(streams, -1).scatter_(1, first, True)
-        return taken.view_as(score).sum(-1)
+            return torch.full((streams, 1), k, device=levels.device)
+        absent = levels[0] == -torch.inf
+        score = _shares_of_one(levels.flatten(2)).sum(0).view_as(absent)
+        score = score.masked_fill_(absent, -torch.inf)
+        floor = picks.ranks(score) < int(self.camera_floor * k / groups)
+        floored = score.masked_fill_(floor, torch.inf).masked_fill_(absent, -torch.inf)
+        taken = picks.ranks(floored.view(streams, -1)) < k
+        return taken.view_as(absent).sum(-1)
 
 
 def _check_size(glance: Glance, grid: PatchGrid) -> None:
@@ -287,8 +289,8 @@ def _check_size(glance: Glance, grid: PatchGrid) -> None:
 
 
 def _shares_of_one(score: Tensor) -> Tensor:
-    """Scores [..., n] scaled to sum 1; 0 where they are -inf."""
-    score = torch.where(score > -torch.inf, score, 0.0)
+    """Scores [..., n] scaled to sum 1; 0 where they are -inf or NaN."""
+    score = torch.nan_to_num(score, nan=0.0, posinf=torch.inf, neginf=0.0)
     return score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
 
 
@@ -302,14 +304,15 @@ def _thin_out(
     asking the device how many there are.
     """
     streams, n = place.shape
-    width = min(most, candidate.shape[-1])
-    order = torch.sort(candidate.byte(), dim=-1, descending=True, stable=True).indices
-    order = order[..., :width]
     token = torch.arange(streams * n, device=x.device).view(streams, n)
-    at = torch.zeros_like(candidate, dtype=torch.long).view(streams, -1).scatter_(1, place, token)
-    row = at.view_as(candidate).gather(-1, order)
-    valid = candidate.gather(-1, order)
-    picked = spread.farthest(x[row].flatten(0, 1), valid.flatten(0, 1), min(k, width))
-    within = torch.arange(picked.shape[1], device=x.device) < count[..., None]
-    chosen = row.gather(-1, picked.clamp_min_(0).view_as(within))
-    return torch.where(within, chosen, streams * n).flatten(1).sort().values[:, :k] % n
+    row = torch.zeros_like(candidate, dtype=torch.long).view(streams, -1).scatter_(1, place, token)
+    row = row.view_as(candidate)
+    if most < candidate.shape[-1]:
+        order = picks.best(candidate.byte(), most)
+        row, candidate = row.gather(-1, order), candidate.gather(-1, order)
+    width = candidate.shape[-1]
+    picked = spread.farthest(x[row].flatten(0, 1), candidate.flatten(0, 1), min(k, width))
+    beyond = torch.arange(picked.shape[1], device=x.device) >= count[..., None]
+    chosen = row.gather(-1, picked.clamp_min_(0).view_as(beyond))
+    chosen = chosen.masked_fill_(beyond, streams * n).flatten(1)
+    return picks.ordered(chosen)[0][:, :k] % n

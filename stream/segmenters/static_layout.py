@@ -20,33 +20,35 @@ Longs = NDArray[np.int64]
 class Windows:
     """Segments of a video and what stands still in them.
 
-    segment: long [t], the segment of each frame; start: long [s], first frame of each segment.
+    segment: long [t], the segment of each frame.
+    start, length: long [s], first frame and number of frames of each segment.
     static: bool [s, p], patches that stand still through a segment of two frames or more.
-    saved: tokens that collapsing the static patches saves.
+    n_static: long [s], how many these are. saved: tokens that collapsing them saves.
     """
 
     segment: Longs
     start: Longs
+    length: Longs
     static: NDArray[np.bool_]
+    n_static: Longs
     saved: int
 
     @classmethod
     def of(cls, links: NDArray[np.bool_], segments: list[Segment]) -> Windows:
         """links: bool [t-1, p]; segments: a partition of the t frames."""
         frames, patches = links.shape[0] + 1, links.shape[1]
-        broken = np.zeros((frames, patches), np.int64)
-        broken[1:] = (~links).cumsum(0)
-        first = np.array([s.start for s in segments])
-        last = np.array([s.stop for s in segments]) - 1
-        static = (broken[last] == broken[first]) & (last > first)[:, None]
-        saved = int((static.sum(1) * (last - first)).sum())
-        segment = np.repeat(np.arange(len(segments)), last - first + 1)
-        return cls(segment, first, static, saved)
-
-    @property
-    def n_static(self) -> Longs:
-        """long [s]: static patches of each segment."""
-        return self.static.sum(1)
+        start = np.array([s.start for s in segments])
+        length = np.array([len(s) for s in segments])
+        held = np.zeros((frames, -(-patches // 8)), np.uint8)
+        held[:-1] = np.packbits(links, axis=1)
+        ends = np.stack([start, start + length - 1], axis=1).ravel()
+        all_held = np.bitwise_and.reduceat(held, ends, axis=0)[::2]
+        static = np.unpackbits(all_held, axis=1, count=patches).view(np.bool_)
+        static &= (length > 1)[:, None]
+        n_static = static.sum(1)
+        saved = int(n_static @ (length - 1))
+        segment = np.arange(len(segments)).repeat(length)
+        return cls(segment, start, length, static, n_static, saved)
 
     @property
     def n_dynamic(self) -> Longs:
@@ -93,43 +95,41 @@ def exact_counts(tokens: int, windows: Windows) -> tuple[Longs, Longs]:
 
 @dataclass(frozen=True, slots=True)
 class Layout[Vector]:
-    """Where the members of a plan lie, before any score is known.
+    """Where everything a plan is made of will lie, before any score is known.
 
     Members are the tokens a plan is made of: first those that stand still, each for its window and
     anchored in its first frame, then those clustered within their frame, then those kept alone.
-    Static patches of a window and clustered patches of a frame are groups, padded to the widest.
-    All long:
+    Entries are the tokens that members stand for, member by member: a still one has its patch's
+    token in each frame of the window, every other one itself. Still patches of a window and
+    clustered patches of a frame are groups, padded to the widest. A key is a token, plus a multiple
+    of n if the plan's rows are not to be in the order of their tokens. All long:
 
-    still: token of each static member.
+    still: token of each patch that stands still, in every frame.
+    seen: key of each entry that stands still.
     pick: of each other member, its place among the patches sorted frame by frame by score.
-    pick_base: what makes the patches picked ascend as the members do; modulo n they are tokens.
-    shift: added to a member's token gives its rank in the order of the plan's rows.
-    entry, step, times: for each token that a member stands for, the member, how many tokens it
-        lies after the member's own, and how many the member stands for.
+    pick_base: added to the patch picked gives its key.
     bag: [g * widest], the first entry of each padded place.
-    place, base: padded place of each clustered member, and the first member of its group.
-    size: [g], members of each group. near: [g], neighbours that make a point's density.
+    times: [g * widest], how many entries it has; 0 where no member lies.
+    first: [g * widest], as `bag`, but an entry also where no member lies.
+    home, among: of each entry that is in a group, its padded place and the entries there.
+    near: [g], neighbours that make a point's density.
+    size: [g], members of each group.
     centre, centre_base: as pick and pick_base, of the centres among the padded places.
-    centre_shift: a centre's padded place less this is its member.
-    alone: the members kept alone.
     """
 
     still: Vector
+    seen: Vector
     pick: Vector
     pick_base: Vector
-    shift: Vector
-    entry: Vector
-    step: Vector
-    times: Vector
     bag: Vector
-    place: Vector
-    base: Vector
-    size: Vector
+    times: Vector
+    first: Vector
+    home: Vector
+    among: Vector
     near: Vector
+    size: Vector
     centre: Vector
     centre_base: Vector
-    centre_shift: Vector
-    alone: Vector
 
     @classmethod
     def of(
@@ -146,61 +146,55 @@ class Layout[Vector]:
         static_count: long [s], clusters of each window. few_neighbours: no more than clusters."""
         patches, frames = windows.static.shape[1], len(windows.segment)
         n = frames * patches
-        length = np.diff(windows.start, append=frames)
-
         size = np.concatenate([windows.n_static, windows.n_dynamic - alone])
         count = np.concatenate([static_count, by_clusters])
         group = ((size > 0) & (count > 0)).nonzero()[0]
         size, count = size[group], count[group]
-        held = group[group < len(length)]
-        moving = group[len(held) :] - len(length)
+        held = group[group < len(windows.start)]
+        moving = group[len(held) :] - len(windows.start)
 
-        window, patch = windows.static[held].nonzero()
-        window = held[window]
-        still_frame = windows.start[window]
-        which, rank = ragged(size[len(held) :])
-        near_frame = moving[which]
-        lone_frame, lone_rank = ragged(alone)
-        pick_frame = np.concatenate([near_frame, lone_frame])
-        pick = pick_frame * patches + np.concatenate([rank + alone[near_frame], lone_rank])
-        pick_base = pick_frame * patches
-        pick_base[len(near_frame) :] += n
-
-        frame = np.concatenate([still_frame, pick_frame])
-        shift = np.zeros_like(frame)
-        if published_order:
-            after = 2 + 2 * frame
-            after[: len(window)] = 0
-            after[len(window) : len(window) + len(near_frame)] += 1
-            shift = (windows.segment[frame] * (2 * frames + 2) + after - frame) * patches
-
-        times = np.ones_like(frame)
-        times[: len(window)] = length[window]
-        entry, step = ragged(times)
         owner, within = ragged(size)
         widest = int(size.max(initial=0))
         place = owner * widest + within
-        held_by = np.zeros(len(size) * widest, np.int64)
-        held_by[place] = times[: len(place)]
-        first = size.cumsum() - size
+        window, patch = windows.static[held].nonzero()
+        window = held[window]
+        times = np.zeros(len(size) * widest, np.int64)
+        times[place] = 1
+        times[place[: len(window)]] = windows.length[window]
+        bag = times.cumsum() - times
+        home = np.arange(len(times)).repeat(times)
+
+        member, step = ragged(windows.length[window])
+        seen = (windows.start[window] * patches + patch)[member] + step * patches
+        near_frame = moving.repeat(size[len(held) :])
+        lone_frame, lone_rank = ragged(alone)
+        pick_frame = np.concatenate([near_frame, lone_frame])
+        rank = np.concatenate([within[len(window) :] + alone[near_frame], lone_rank])
+        pick_base = pick_frame * patches
+        pick = pick_base + rank
+        if published_order:
+            of_segment = windows.segment * (2 * frames + 2) * n
+            seen = seen + of_segment[windows.start[window]][member]
+            after = 2 + 2 * pick_frame
+            after[: len(near_frame)] += 1
+            pick_base = pick_base + of_segment[pick_frame] + after * n
+
         leader, centre_rank = ragged(count)
+        centre_base = leader * widest
         return Layout(
-            still=still_frame * patches + patch,
+            still=windows.static[windows.segment].ravel().nonzero()[0],
+            seen=seen,
             pick=pick,
             pick_base=pick_base,
-            shift=shift,
-            entry=entry,
-            step=step * patches,
-            times=times[entry],
-            bag=held_by.cumsum() - held_by,
-            place=place,
-            base=first[owner],
-            size=size,
+            bag=bag,
+            times=times,
+            first=np.minimum(bag, max(len(seen) + len(near_frame) - 1, 0)),
+            home=home,
+            among=times[home],
             near=np.minimum(count if few_neighbours else size, neighbours),
-            centre=leader * widest + centre_rank,
-            centre_base=leader * widest,
-            centre_shift=leader * widest - first[leader],
-            alone=np.arange(len(place), len(frame)),
+            size=size,
+            centre=centre_base + centre_rank,
+            centre_base=centre_base,
         )
 
     def on(self: Layout[Longs], device: torch.device) -> Layout[Tensor]:
@@ -212,5 +206,5 @@ class Layout[Vector]:
 
 def ragged(count: Longs) -> tuple[Longs, Longs]:
     """(row, place in it) of each cell of rows of `count` cells."""
-    row = np.repeat(np.arange(len(count)), count)
-    return row, np.arange(len(row)) - (count.cumsum() - count)[row]
+    row = np.arange(len(count)).repeat(count)
+    return row, np.arange(len(row)) - (count.cumsum() - count).repeat(count)

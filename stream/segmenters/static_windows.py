@@ -158,12 +158,12 @@ def _window_gains(links: NDArray[np.bool_], max_frames: int) -> list[list[int]]:
     """Gains of the windows of 2, 3, ... frames that end at each frame, as far as any is static."""
     frames = links.shape[0] + 1
     gains: list[list[int]] = [[] for _ in range(frames)]
-    static = links
+    each = static = np.packbits(links, axis=1)
     for w in range(2, min(max_frames, frames) + 1):
-        static = static if w == 2 else static[1:] & links[: frames - w + 1]
-        counts = np.count_nonzero(static, axis=1)
-        if not counts.any():
+        static = static if w == 2 else static[1:] & each[: frames - w + 1]
+        saved = np.bitwise_count(static).sum(1) * (w - 1)
+        if not saved.any():
             break
-        for stop, count in enumerate(counts.tolist(), start=w - 1):
-            gains[stop].append(count * (w - 1))
+        for ending, gain in zip(gains[w - 1 :], saved.tolist(), strict=True):
+            ending.append(gain)
     return gains

@@ -23,7 +23,7 @@ def groups(seed: int, b: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     size = torch.randint(1, n + 1, (b,), generator=draw)
     valid = torch.arange(n) < size[:, None]
     x = torch.randn(b, n, 3, generator=draw) * valid[..., None]
-    return similarity.centre_(x, size), size, valid
+    return similarity.centred(x, size), size, valid
 
 
 @settings(deadline=None, max_examples=30)
@@ -36,8 +36,9 @@ def test_kernels_say_what_the_operators_say(seed: int, b: int, n: int, neighbour
     assert float(got.diagonal(dim1=1, dim2=2).abs().max()) == 0.0
 
     near = size.clamp_max(neighbours)
-    score = clusters.density_peak_score(want, near, valid)
-    parts = (t.to(DEVICE) for t in (want, near, valid))
+    boost = torch.rand(b, n) if seed % 2 else None
+    score = clusters.density_peak_score(want, near, valid, boost=boost)
+    parts = (t if t is None else t.to(DEVICE) for t in (want, near, valid, boost))
     made = clusters_cuda.density_peak_score(*parts, int(near.max())).cpu()
     assert torch.allclose(made, score, atol=1e-6)
     assert torch.equal(made == -torch.inf, ~valid)
@@ -45,6 +46,12 @@ def test_kernels_say_what_the_operators_say(seed: int, b: int, n: int, neighbour
     centre = torch.zeros_like(valid).scatter_(1, score.topk(min(2, n)).indices, True) & valid
     owner = clusters_cuda.assign(want.to(DEVICE), centre.to(DEVICE)).cpu()
     assert torch.equal(owner, clusters.assign(want, centre))
+
+    times = torch.randint(1, 4, (b, n)) * valid
+    for rule in ("beta", "mean"):
+        weight = clusters.weights(owner, times, rule, 0.6)
+        given = clusters_cuda.weights(owner.to(DEVICE), times.to(DEVICE), rule == "mean", 0.6).cpu()
+        assert torch.allclose(given[valid], weight[valid], atol=1e-6)
 
 
 def test_of_equally_near_centres_the_first_owns() -> None:

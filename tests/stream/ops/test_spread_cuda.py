@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream.ops import spread
+from stream.ops import similarity, spread
 
 pytest.importorskip("triton")
 from stream.ops import spread_cuda
@@ -29,6 +29,24 @@ def test_one_kernel_picks_what_the_chain_picks(
     isolation = distance.amin(-1).masked_fill(invalid, -torch.inf)
     picks = spread_cuda.chain(distance.to(DEVICE), isolation.to(DEVICE), k)
     assert torch.equal(picks.cpu(), spread.chain(distance, isolation, k))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 9999), st.integers(1, 3), st.integers(1, 40))
+def test_distances_and_isolation_are_the_operators(seed: int, groups: int, n: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, valid = (
+        torch.randn(groups, n, 3, generator=draw),
+        torch.rand(groups, n, generator=draw) < 0.7,
+    )
+    x[:, 0] = 0.0
+    want = (1.0 - similarity.pairwise_cosine(x)).diagonal_scatter(
+        torch.full((groups, n), torch.inf), dim1=1, dim2=2
+    )
+    distance, isolation = spread_cuda.apart((x @ x.mT).to(DEVICE), valid.to(DEVICE))
+    assert torch.allclose(distance.cpu(), want, atol=1e-5)
+    nearest = distance.cpu().masked_fill(~valid[:, None, :], torch.inf).amin(-1)
+    assert torch.equal(isolation.cpu(), nearest.masked_fill(~valid, -torch.inf))
 
 
 @pytest.mark.gpu
@@ -55,6 +73,6 @@ def test_a_gpu_picks_what_a_cpu_picks(dtype: torch.dtype) -> None:
     picks = spread.farthest(x, valid, 14)
     stable = (spread.farthest(near, valid, 14) == picks).all(-1)
     assert int(stable.sum()) > 40
-    assert spread._one_kernel(12) is not None
+    assert spread.kernels_for(x.cuda()) is spread_cuda
     on_gpu = spread.farthest(x.cuda(), valid.cuda(), 14).cpu()
     assert torch.equal(on_gpu[stable], picks[stable])
