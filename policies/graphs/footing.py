@@ -63,7 +63,8 @@ class Footing:
         """Whether it lies on one device, and no module of it has a hook or another forward: a
         replay runs neither."""
         replaced = any(map(contains, self._replaced, repeat("forward")))
-        return len(self.devices) == 1 and not replaced and not any(map(_at_work, self._hooks))
+        hooked = any(map(_at_work, filter(None, self._hooks)))
+        return len(self.devices) == 1 and not replaced and not hooked
 
     def _children_now(self) -> list[nn.Module | None]:
         return [child for children in self._parents for child in children.values()]
