@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from policies.vla import captured
 from policies.vla.openvla import OpenVLAPolicy
 from sims.calibration import warm
 from stream.data import Budget, Observation
-from stream.errors import AttachError
 from stream.memory import Memory
 from stream.plan import Plan
 from stream.reducers.vla_cache import VLACache
@@ -28,6 +26,7 @@ from stream.reducers.vla_pruner import VLAPruner
 from stream.registry import build_reducer
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla.openvla_parts import observation, policy
+from tests.policies.vla.overlapped import Overlapped
 
 CAPTURES: tuple[Capture, ...] = ("on", "off")
 HEADS = ("parallel", "autoregressive")
@@ -196,21 +195,10 @@ def test_a_call_that_overlaps_another_is_refused(monkeypatch: pytest.MonkeyPatch
         lambda: other.prefill(scene, Budget(8), Memory()),
         lambda: other.act(held, seen),
     ]
-    met: list[BaseException | None] = []
-    plan = VLAPruner.plan_batch
-
-    def meanwhile(self: VLAPruner, *given: Any) -> list[Plan]:
-        if not met:
-            with ThreadPoolExecutor(1) as thread:
-                met.extend(future.exception() for future in [thread.submit(c) for c in calls])
-        return plan(self, *given)
-
     expected = episode(stock, [observation(2)], [8])
-    monkeypatch.setattr(VLAPruner, "plan_batch", meanwhile)
+    overlapped = Overlapped(calls, monkeypatch)
     check(episode(one, [observation(2)], [8]), expected)
-    assert [type(error) for error in met] == [AttachError] * 3
-    for call in calls:
-        call()
+    overlapped.all_refused()
 
 
 @pytest.mark.parametrize("head", HEADS)

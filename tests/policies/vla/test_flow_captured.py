@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,13 +25,12 @@ from policies.vla.flow_policy import FlowPolicy
 from stream.data import Budget, Observation
 from stream.errors import AttachError
 from stream.memory import Memory
-from stream.plan import Plan
 from stream.reducers.base import Reducer
-from stream.reducers.vla_pruner import VLAPruner
 from stream.registry import build_reducer, reducer_names
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla import lerobot_models as models
 from tests.policies.vla.lerobot_models import BUILDERS, CAMERAS, PER_CAMERA
+from tests.policies.vla.overlapped import Overlapped
 from tests.policies.vla.test_flow_policy import observed
 
 N = len(CAMERAS) * PER_CAMERA
@@ -181,23 +179,12 @@ def test_a_call_that_overlaps_another_is_refused(
         lambda: fixed.prefill(scene, Budget(9), Memory()),
         lambda: fixed.act(held, two),
     ]
-    met: list[BaseException | None] = []
-    plan = VLAPruner.plan_batch
-
-    def meanwhile(self: VLAPruner, *given: Any) -> list[Plan]:
-        if not met:
-            with ThreadPoolExecutor(1) as thread:
-                met.extend(future.exception() for future in [thread.submit(c) for c in calls])
-        return plan(self, *given)
-
     expected = acted(stock, one, 9)
-    monkeypatch.setattr(VLAPruner, "plan_batch", meanwhile)
+    overlapped = Overlapped(calls, monkeypatch)
     mine = acted(fixed, one, 9)
     assert np.array_equal(mine[0], expected[0])
     assert torch.equal(mine[1], expected[1])
-    assert [type(error) for error in met] == [AttachError] * 3
-    for call in calls:
-        call()
+    overlapped.all_refused()
 
 
 def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,12 +270,14 @@ def test_pruned_otherwise_a_policy_stays_captured_or_not(parts: Any) -> None:
 # --- nothing waits for the device
 
 
-class Made(TorchFunctionMode):
-    """Counts tensors that are made of Python values; torch shortens their way to `meta` tensors."""
-
+class Watch:
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+
+
+class Made(Watch, TorchFunctionMode):
+    """Counts tensors that are made of Python values; torch shortens their way to `meta` tensors."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -298,12 +287,8 @@ class Made(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Copied(TorchDispatchMode):
+class Copied(Watch, TorchDispatchMode):
     """Counts copies from the host to `meta` tensors, whose values nobody can ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -357,12 +342,8 @@ def test_no_value_is_asked_for_and_none_comes_from_the_host(
     assert made.calls == copied.calls == []
 
 
-class Asked(TorchDispatchMode):
+class Asked(Watch, TorchDispatchMode):
     """Counts operators that wait for values, on any device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
