@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,19 +81,20 @@ class GraphPool:
 
     def _attempt(self, work: Callable[[], None], reset: Callable[[], None]) -> Any:
         """A graph, or why there is none: an error that holds nothing of the attempt."""
+        handled = sys.exception()
         try:
             return self._graph_of(work, reset)
         except RuntimeError as error:
-            why = _cause(error)
+            why = _cause(error, handled)
         self._settle()
         reset()
         return why
 
     def _graph_of(self, work: Callable[[], Any], reset: Callable[[], None]) -> Any:
         here = torch.cuda.current_stream(self.device)
-        self._stream = self._stream or torch.cuda.Stream(self.device)
         if not self._sharing:  # memory that no graph holds any more cannot be shared
             self._memory = torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(here):  # a capture that breaks off does not come back by itself
             self._stream.wait_stream(here)
@@ -118,10 +120,13 @@ class GraphPool:
             self._graph_of(lambda: torch.zeros(1, device=self.device), lambda: None)
 
 
-def _cause(error: RuntimeError) -> RuntimeError:
-    """The first of the errors that led to this one, without the frames that it came through."""
+def _cause(error: RuntimeError, handled: BaseException | None) -> RuntimeError:
+    """The first of the errors that led to this one, without the frames that it came through.
+
+    handled: what the caller was handling before, which led to nothing.
+    """
     cause, before = error, error.__context__
-    while before is not None:
+    while before is not None and before is not handled:
         cause = before if isinstance(before, RuntimeError) else cause
         before = before.__context__
     cause.__context__ = cause.__cause__ = None

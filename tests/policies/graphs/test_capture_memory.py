@@ -135,6 +135,23 @@ def test_other_errors_are_not_tried_again_and_the_first_of_them_is_told() -> Non
     assert len(runs) == 2
 
 
+def test_an_error_that_a_caller_handles_has_nothing_to_do_with_it() -> None:
+    def fails(x: Tensor) -> tuple[Tensor]:
+        raise RuntimeError("Waited for the device.")
+
+    pool = TapedPool("cpu", spare=lambda: pytest.fail("memory did not run out"))
+    other = torch.cuda.OutOfMemoryError("of somebody else")
+    try:
+        raise other
+    except torch.cuda.OutOfMemoryError:
+        with (
+            pytest.warns(UserWarning, match="The test: Waited for the device"),
+            pytest.raises(RuntimeError, match="Waited for the device"),
+        ):
+            Program(pool, "The test", fails)(torch.ones(1))
+    assert other.__traceback__ is not None
+
+
 class Cuda:
     """Stands in for torch.cuda: streams by name, and captures that may break off."""
 
