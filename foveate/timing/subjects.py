@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from policies.adapter import SaliencyTap, adapter_for
 from policies.graphs.branches import at_once
+from policies.products import NarrowLinear
 from policies.video.llava_onevision import Adapter as LlavaOnevision
 from policies.video.tiny import render, world
 from policies.vision.layout import lay_out_patches
@@ -367,7 +368,7 @@ class _ParallelHead(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
             for _ in range(blocks)
         )
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, actions))
+        self.leave = nn.Sequential(nn.LayerNorm(width), NarrowLinear(width, actions))
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.enter(hidden.unflatten(1, (-1, self._actions)).flatten(2))

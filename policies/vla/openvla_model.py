@@ -24,6 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..graphs.branches import at_once
+from ..products import NarrowLinear
 from ..vision.layout import lay_out_patches
 
 Head = Literal["parallel", "autoregressive"]
@@ -303,7 +304,7 @@ class OpenVLA(PreTrainedModel):  # type: ignore[no-untyped-call]
 
 
 def _mlp(narrow: int, inner: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(narrow, inner), nn.GELU(), nn.Linear(inner, out))
+    return nn.Sequential(nn.Linear(narrow, inner), nn.GELU(), NarrowLinear(inner, out))
 
 
 def openvla_7b(**changes: Any) -> OpenVLAConfig:
