@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stream.errors import AttachError
+from stream.ops.built import built
 
 _PREFIX = "foveate_"
 _QUERY_BLOCK = 256
@@ -59,6 +62,10 @@ class Attention:
 
     def received_from_all(self) -> Tensor:
         """`received` with every query."""
+        free = self.mask is None and not self.causal and not torch.is_grad_enabled()
+        if free and self.query.is_cuda and (fused := compiled()):
+            received: Tensor = fused.received_from_all(self.query, self.key, self.scaling)
+            return received
         batch, n = self.query.shape[0], self.query.shape[2]
         rows = torch.arange(n, device=self.query.device).expand(batch, -1)
         return self.received(rows, torch.ones_like(rows, dtype=torch.bool))
@@ -79,6 +86,20 @@ class Attention:
             own = at + m - self.query.shape[2]
             return logits.masked_fill(torch.arange(m, device=key.device) > own, lowest)
         return logits
+
+
+@cache
+def compiled() -> ModuleType | None:
+    """`received_cuda`, once it has run."""
+
+    def run() -> ModuleType:
+        from . import received_cuda
+
+        x = torch.zeros(1, 1, 2, 16, device="cuda")
+        received_cuda.received_from_all(x, x, 1.0)
+        return received_cuda
+
+    return built(run, "Received attention is summed over blocks of its map")
 
 
 Probe = Callable[[Attention], None]
