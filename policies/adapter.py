@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +23,9 @@ from .fit import check_fit, misfit
 from .hooks import INSIDE
 from .probes import Attention, probing
 from .vision.lean import Encoder, Lean
+
+Features = Callable[[dict[str, Any]], tuple[Tensor, PatchGrid]]
+"""As `VideoAdapter.features`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +113,21 @@ class VideoAdapter(ABC):
         """Projected and pooled features [n, d] of one video in (t, y, x) order, and their grid."""
 
     def encoded(
-        self, pixels: dict[str, Any], saliency: bool
+        self, pixels: dict[str, Any], saliency: bool, features: Features | None = None
     ) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
-        """`features`, and the pooled saliency if asked for."""
+        """Features, and the pooled saliency if asked for. features: what gives them."""
+        features = features or self.features
         if not saliency:
-            return *self.features(pixels), {}
+            return *features(pixels), {}
         tap = SaliencyTap()
         with self.saliency(tap):
-            x, grid = self.features(pixels)
+            x, grid = features(pixels)
         return x, grid, {Signal.SALIENCY: self.pooled_saliency(tap.take(), [grid])[0]}
+
+    def in_fewer_kernels(self) -> Features:
+        """`features` in fewer kernels, from the weights that lie there now; itself where that
+        cannot be."""
+        return self.features
 
     def stock_features(self, pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
         """`features` as transformers computes them: the same values, perhaps later."""

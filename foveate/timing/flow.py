@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from policies.vision.layout import lay_out_patches
+from policies.vision.tower import states
 from stream.data import PatchGrid
 
 from .subjects import Prompt, StepSubject, linear_weights
@@ -82,6 +82,7 @@ class FlowSubject(StepSubject):
             projector = nn.Linear(vision.hidden_size * shuffle**2, width)
             self.expert = _Expert(expert, text_model.config)
         self._projector = projector.to(self.dtype).eval()
+        self._lean = states(tower)
         self.expert.to(self.dtype).eval()
         generator = torch.Generator().manual_seed(NOISE_SEED)
         noise = torch.randn(1, expert.chunk, expert.actions, generator=generator)
@@ -93,11 +94,12 @@ class FlowSubject(StepSubject):
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
     def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
-        with lay_out_patches(self._tower):
-            return self.encode_stock(pixels, scored)
+        return self._projected(self._lean(pixels))
 
     def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
-        hidden = self._tower(pixels).last_hidden_state
+        return self._projected(self._tower(pixels).last_hidden_state)
+
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, ...]:
         rows, k = self.grid.rows, self._shuffle
         squares = hidden.unflatten(1, (rows, k, rows, k)).transpose(2, 3)
         return (self._projector(squares.flatten(3).flatten(1, 2).flatten(2)).flatten(0, 1),)

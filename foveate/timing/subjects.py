@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -12,20 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from policies.adapter import SaliencyTap, adapter_for
+from policies.adapter import Features, SaliencyTap, adapter_for
 from policies.graphs.branches import at_once
 from policies.products import NarrowLinear
 from policies.video.llava_onevision import Adapter as LlavaOnevision
 from policies.video.tiny import render, world
-from policies.vision.layout import lay_out_patches
-from policies.vision.siglip import SiglipParts
+from policies.vision.tower import states
 from stream.data import PatchGrid
 from stream.memory import Memory
 from stream.signals import Signal
 
 from .past import two_steps
-
-_Features = Callable[[dict[str, Any]], tuple[Tensor, PatchGrid]]
 
 SCENE_FRAMES, MOVING_SHARE = 8, 0.2
 QWEN_SIDE = 28
@@ -176,6 +172,7 @@ class VideoSubject(Subject):
         self.prompt = Prompt(before=14, after=21, decode=decode)
         with torch.inference_mode():
             self.grid = self._adapter.features(self._inputs(self.pixels(0)))[1]
+            self._features = self._adapter.in_fewer_kernels()
 
     @property
     def encoder_waits(self) -> bool:
@@ -208,12 +205,12 @@ class VideoSubject(Subject):
         return {"pixels": pixels, "thw": torch.tensor([[times, QWEN_SIDE, QWEN_SIDE]])}
 
     def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
-        return self._encoded(self._adapter.features, pixels, scored)
+        return self._encoded(self._features, pixels, scored)
 
     def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         return self._encoded(self._adapter.stock_features, pixels, scored)
 
-    def _encoded(self, features: _Features, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+    def _encoded(self, features: Features, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
         if not scored:
             return (features(self._inputs(pixels))[0],)
         tap = SaliencyTap()
@@ -240,9 +237,10 @@ class VideoSubject(Subject):
             sees = [patches if i in whole else window for i in range(len(blocks))]
             outside = linear_weights(tower.patch_embed) + linear_weights(tower.merger) // group
         else:
-            blocks = SiglipParts(model.vision_tower).layers
+            tower = model.vision_tower
+            blocks = list(getattr(tower, "vision_model", tower).encoder.layers)
             sees = [patches] * len(blocks)
-            outside = linear_weights(model.vision_tower) - sum(map(linear_weights, blocks))
+            outside = linear_weights(tower) - sum(map(linear_weights, blocks))
             outside += linear_weights(model.multi_modal_projector)
         layers = layers or [(images * patches, seen) for seen in sees]
         total = 2.0 * images * patches * outside
@@ -307,6 +305,7 @@ class ActionSubject(StepSubject):
     ) -> None:
         self.name, self.weights = name, "random"
         self._towers, self._projector = towers, projector
+        self._lean = [states(tower) for tower in towers]
         self.text_model, self.head = llm.model, llm.lm_head
         vision = towers[0].config
         side = vision.image_size // vision.patch_size
@@ -324,16 +323,10 @@ class ActionSubject(StepSubject):
         return torch.randn(self._shape, generator=generator).to(self.device, self.dtype)
 
     def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
-        with ExitStack() as stack:
-            for tower in self._towers:
-                stack.enter_context(lay_out_patches(tower))
-            return self._projected(at_once(self.device, self._works(pixels)))
+        return self._projected(at_once(self.device, [partial(t, pixels) for t in self._lean]))
 
     def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
-        return self._projected([work() for work in self._works(pixels)])
-
-    def _works(self, pixels: Tensor) -> list[Callable[[], Tensor]]:
-        return [partial(_states, tower, pixels) for tower in self._towers]
+        return self._projected([tower(pixels).last_hidden_state for tower in self._towers])
 
     def _projected(self, states: list[Tensor]) -> tuple[Tensor, ...]:
         """Of the patches, which stand last."""
@@ -348,11 +341,6 @@ class ActionSubject(StepSubject):
             attention = 4.0 * config.hidden_size * patches * config.num_hidden_layers
             total += images * patches * (2.0 * linear_weights(tower) + attention)
         return total
-
-
-def _states(tower: Any, pixels: Tensor) -> Tensor:
-    states: Tensor = tower(pixels).last_hidden_state
-    return states
 
 
 class _ParallelHead(nn.Module):

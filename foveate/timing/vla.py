@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from policies.vision.tower import States
 from policies.vla.openvla_model import OpenVLA, VisionTower
 from stream.data import PatchGrid
 from stream.signals import Signal
@@ -32,6 +33,7 @@ class VLASubject(StepSubject):
     def __init__(self, name: str, model: OpenVLA, tokenizer: Any) -> None:
         self.name, self.weights, self._model = name, "real", model
         self.text_model, self.head = model.language_model, model.action_head
+        self._encoders = model.lean_encoders()
         config: Any = model.config
         self.grid = PatchGrid(len(config.cameras), model.side, model.side)
         words = tokenizer(config.prompt.format(instruction=INSTRUCTION)).input_ids
@@ -56,11 +58,19 @@ class VLASubject(StepSubject):
         return pixels.to(self.device)
 
     def encode(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        return self._encoded(pixels, scored, self._encoders)
+
+    def encode_stock(self, pixels: Tensor, scored: bool) -> tuple[Tensor, ...]:
+        return self._encoded(pixels, scored, None)
+
+    def _encoded(
+        self, pixels: Tensor, scored: bool, encoders: Sequence[States] | None
+    ) -> tuple[Tensor, ...]:
         if not scored:
-            return (self._model.see(pixels, self._cameras).flatten(0, 1),)
+            return (self._model.see(pixels, self._cameras, encoders).flatten(0, 1),)
         words = self._words[1:].expand(len(pixels), -1)
         length = torch.full_like(self._cameras, words.shape[1])
-        x, pointed = self._model.look(pixels, self._cameras, words, length)
+        x, pointed = self._model.look(pixels, self._cameras, words, length, encoders)
         return x.flatten(0, 1), (pointed / len(pixels)).flatten()
 
     def text(self, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,17 +20,23 @@ def one_product(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Ten
     behind the other in one tensor and stay theirs as views of it, so nothing is held twice. Others,
     and those that are hooked, are called one by one.
     """
+    if not plain(modules):
+        return lambda x: [module(x) for module in modules]
+    layers: list[Any] = list(modules)
+    weight = _whole([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else _whole([layer.bias for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+
+
+def plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether all are plain linear layers of one dtype on one device, with a bias or all without,
+    and none is hooked."""
     biases = {getattr(module, "bias", None) is None for module in modules}
     own = [parameter for module in modules for parameter in module.parameters()]
     kinds = {(parameter.dtype, parameter.device) for parameter in own}
     alike = len(biases) == len(kinds) == 1
-    if not (alike and all(map(_is_plain, modules)) and all(map(_is_dense, own))):
-        return lambda x: [module(x) for module in modules]
-    plain: list[Any] = list(modules)
-    weight = _whole([layer.weight for layer in plain])
-    bias = None if biases == {True} else _whole([layer.bias for layer in plain])
-    sizes = [layer.out_features for layer in plain]
-    return lambda x: F.linear(x, weight, bias).split(sizes, -1)
+    return alike and all(map(_is_plain, modules)) and all(map(_is_dense, own))
 
 
 def _is_plain(module: nn.Module) -> bool:

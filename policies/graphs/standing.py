@@ -35,6 +35,14 @@ class Standing(ABC):
     def _kept(self) -> list[Kept[Any, Any]]:
         """All that holds captured work."""
 
+    def stand(self) -> None:
+        """On the network as it is now."""
+        self._rebuild()
+        self._footing.note()  # joined weights have moved
+
+    def _rebuild(self) -> None:  # noqa: B027
+        """Make anew what is made of the network: nothing, if not stated otherwise."""
+
     def ready(self) -> bool:
         """Whether the next call may be made here; ask before each one.
 
@@ -47,7 +55,7 @@ class Standing(ABC):
                 for kept in self._kept():
                     kept.clear()
                 self.pool = self._new_pool()
-                self._footing.note()
+                self.stand()
             if self._footing.is_plain and self._footing.devices == {self._device}:
                 return True
             self.pool.uncaptured += self.pool.enabled

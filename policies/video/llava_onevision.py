@@ -15,9 +15,10 @@ from stream.errors import AttachError
 from stream.ops.grids import pool_features, pool_map
 from stream.signals import Signal
 
-from ..adapter import VideoAdapter, VideoPlace
+from ..adapter import Features, VideoAdapter, VideoPlace
 from ..vision.layout import row_after_row
 from ..vision.lean import Encoder, Lean, lean_tower
+from ..vision.tower import LeanTower
 
 
 class Adapter(VideoAdapter):
@@ -100,6 +101,19 @@ class Adapter(VideoAdapter):
             return_dict=True,
         )
         return output.pooler_output[0], self._grid(values.shape[1])
+
+    def in_fewer_kernels(self) -> Features:
+        config, tower = self.model.config, LeanTower.of(self.vision_model)
+        layer, whole = config.vision_feature_layer, config.vision_feature_select_strategy == "full"
+        if tower is None or not isinstance(layer, int) or not whole:
+            return self.features
+        depth = layer % (len(tower.layers) + 1)
+
+        def features(pixels: dict[str, Any]) -> tuple[Tensor, PatchGrid]:
+            frames = pixels["pixel_values"].to(self.model.device, self.model.dtype).flatten(0, 1)
+            return self.projected(tower.hidden(frames, depth)), self._grid(len(frames))
+
+        return features
 
     def lean(self, encoder: Encoder) -> Lean | None:
         return lean_tower(self.vision_model, encoder)

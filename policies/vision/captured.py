@@ -19,7 +19,8 @@ KEPT = 8
 
 
 class CapturedEncoder(Standing):
-    """`VideoAdapter.encoded`, captured on CUDA where a shape comes again in another request.
+    """`VideoAdapter.encoded` in fewer kernels, captured on CUDA where a shape comes again in
+    another request; `encoded` itself where the model is not `ready`.
 
     Takes about three passes to capture. A call that overlaps another is refused with AttachError.
     """
@@ -34,6 +35,10 @@ class CapturedEncoder(Standing):
         self._grids: dict[tuple[int, ...], PatchGrid] = {}
         self._now: set[tuple[int, ...]] = set()
         self._programs: Kept[tuple[int, ...], Program] = Kept(KEPT)
+        self.stand()
+
+    def _rebuild(self) -> None:
+        self._features = self._adapter.in_fewer_kernels()
 
     def _kept(self) -> list[Kept[Any, Any]]:
         return [self._programs]
@@ -46,14 +51,14 @@ class CapturedEncoder(Standing):
         """pixels: one tensor, as `VideoAdapter.pixel_inputs` gives it."""
         ((name, values),) = pixels.items()
         values = values.to(self._adapter.model.device, self._adapter.model.dtype)
+        if not self.ready():
+            return self._adapter.encoded({name: values}, self._saliency)
         shape = tuple(values.shape)
         if shape not in self._grids or shape in self._now:
-            x, grid, signals = self._adapter.encoded({name: values}, self._saliency)
+            x, grid, signals = self._encoded(name, values)
             self._grids[shape] = grid
             self._now.add(shape)
             return x, grid, signals
-        if not self.ready():
-            return self._adapter.encoded({name: values}, self._saliency)
         with self._alone:
             x, *scores = (made.clone() for made in self._program(name, shape)(values))
         wanted = [Signal.SALIENCY] if self._saliency else []
@@ -67,5 +72,8 @@ class CapturedEncoder(Standing):
         return self._programs.get(shape, made)
 
     def _run(self, name: str, values: Tensor) -> tuple[Tensor, ...]:
-        x, _, signals = self._adapter.encoded({name: values}, self._saliency)
+        x, _, signals = self._encoded(name, values)
         return (x, *signals.values())
+
+    def _encoded(self, name: str, values: Tensor) -> tuple[Tensor, PatchGrid, dict[Signal, Tensor]]:
+        return self._adapter.encoded({name: values}, self._saliency, self._features)

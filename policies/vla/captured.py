@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -86,6 +87,10 @@ class CapturedOpenVLA(Standing):
         self._first = model.state_rows + len(model.queries.weight)
         self.encoders: Kept[tuple[Any, ...], Program] = Kept(ENCODERS)
         self.decoders: Kept[tuple[int, Parts, int], StagedDecoder] = Kept(DECODERS)
+        self.stand()
+
+    def _rebuild(self) -> None:
+        self._look = partial(self._model.look, encoders=self._model.lean_encoders())
 
     def _kept(self) -> list[Kept[Any, Any]]:
         inside = [decoder.programs for decoder in self.decoders.values()]
@@ -157,9 +162,7 @@ class CapturedOpenVLA(Standing):
 
     def _encoder(self, shape: torch.Size, dtype: torch.dtype, text: int) -> Program:
         name = f"The encoders of {shape[0]} pictures"
-        return self.encoders.get(
-            (shape, dtype, text), lambda: Program(self.pool, name, self._model.look)
-        )
+        return self.encoders.get((shape, dtype, text), lambda: Program(self.pool, name, self._look))
 
     def _decoder(self, batch: int, parts: Parts, text: int) -> StagedDecoder:
         """With room for prompts of so much text with all cameras, and for what follows them."""

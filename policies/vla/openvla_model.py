@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..graphs.branches import at_once
 from ..products import NarrowLinear
 from ..vision.layout import lay_out_patches
+from ..vision.tower import States, states
 
 Head = Literal["parallel", "autoregressive"]
 
@@ -111,11 +113,12 @@ class VisionTower(nn.Module):
         self.width: int = made.hidden_size
         self.side: int = made.image_size // made.patch_size
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, encoder: States | None = None) -> Tensor:
+        """encoder: what runs in place of its own."""
         pixels = images.permute(0, 3, 1, 2).float()
         pixels = (pixels - self.pixel_mean) / self.pixel_std
-        first = next(self.parameters())
-        states: Tensor = self.encoder(self.stem(pixels.to(first.dtype))).last_hidden_state
+        seen = self.stem(pixels.to(next(self.parameters()).dtype))
+        states: Tensor = encoder(seen) if encoder else self.encoder(seen).last_hidden_state
         return states[:, states.shape[1] - self.side**2 :]  # class and register tokens come first
 
 
@@ -184,17 +187,31 @@ class OpenVLA(PreTrainedModel):  # type: ignore[no-untyped-call]
     def state_rows(self) -> int:
         return int(self.proprioception is not None)
 
-    def see(self, images: Tensor, camera: Tensor) -> Tensor:
-        """Pictures [m, height, width, 3] in 0..255 of cameras long [m] -> tokens [m, p, d]."""
+    def see(
+        self, images: Tensor, camera: Tensor, encoders: Sequence[States] | None = None
+    ) -> Tensor:
+        """Pictures [m, height, width, 3] in 0..255 of cameras long [m] -> tokens [m, p, d].
+
+        encoders: what runs in place of those of the towers.
+        """
         px = self.config.image_px
         if images.shape[1:3] != (px, px):
             planes = images.permute(0, 3, 1, 2).float()
             planes = F.interpolate(planes, (px, px), mode="bilinear", antialias=True)
             images = planes.permute(0, 2, 3, 1)
-        works = [partial(tower, images) for tower in self.towers]
+        given = encoders or repeat(None)
+        works = [
+            partial(tower, images, encoder)
+            for tower, encoder in zip(self.towers, given, strict=False)
+        ]
         features = torch.cat(at_once(images.device, works), dim=-1)
         tokens: Tensor = self.projector(features) + self.camera_embedding(camera)[:, None]
         return tokens
+
+    def lean_encoders(self) -> list[States]:
+        """The encoders in fewer kernels, for `see`, from the weights that lie there now."""
+        towers: Any = self.towers
+        return [states(tower.encoder) for tower in towers]
 
     def words(self, ids: Tensor) -> Tensor:
         """Text ids long [b, t] -> [b, t, d]."""
@@ -217,13 +234,18 @@ class OpenVLA(PreTrainedModel):  # type: ignore[no-untyped-call]
         return logits
 
     def look(
-        self, images: Tensor, camera: Tensor, ids: Tensor, length: Tensor
+        self,
+        images: Tensor,
+        camera: Tensor,
+        ids: Tensor,
+        length: Tensor,
+        encoders: Sequence[States] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`see`, and float32 [m, p]: where the words point in each picture, of sum 1.
 
         ids: words of each picture, long [m, t], padded on the right; length: long [m], how many.
         """
-        tokens, words = self.see(images, camera), self.words(ids)
+        tokens, words = self.see(images, camera, encoders), self.words(ids)
         said = torch.arange(words.shape[1], device=ids.device) < length[:, None]
         return tokens, self.point(tokens, words, said.to(words.dtype)).softmax(1).mean(-1)
 
