@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stream.errors import ConfigError
 
+from ..graphs.encoder import Sum
 from .siglip import SiglipParts, received, spread
 
 
@@ -51,21 +52,22 @@ class MergingTower:
         """[f, 3, h, w] -> (hidden states [f, p, d],), and received attention [f, p] if asked."""
         parts = self._parts
         x = parts.embed(pixels)
+        now = Sum(x)
         size = torch.ones(x.shape[:2], device=x.device)
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         score = None
         for index, layer in enumerate(parts.layers):
-            q, k, v = parts.heads(layer, x)
+            x, q, k, v = layer.heads(now)
             merged = x.shape[1] < source.shape[1]
             mask = size.log().to(x.dtype)[:, None, None] if merged else None
             if saliency and index == len(parts.layers) - 1:
                 score = spread(received(layer, q, k) / size, source)
-            x = parts.attended(layer, x, q, k, v, mask)
+            now = Sum(x, layer.attended(q, k, v, mask))
             if gone := int(self._merges.get(index, 0.0) * x.shape[1]):
-                x, size, slot = merge(x, k.mean(1), size, gone)
-                source = slot.gather(1, source)
-            x = parts.mixed(layer, x)
-        hidden = spread(x, source)
+                x, size, slot = merge(now.total(), k.mean(1), size, gone)
+                now, source = Sum(x), slot.gather(1, source)
+            now = layer.mixed(now)
+        hidden = spread(now.total(), source)
         return (hidden,) if score is None else (hidden, score)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stream.ops import picks
 
+from ..graphs.encoder import Sum
 from .siglip import SiglipParts, received, spread
 
 PROBE_REACH = 0.6
@@ -118,10 +119,11 @@ class SkippingTower:
             moved = (new - stale.gather(1, wide)).flatten(2)
             return (stale + (told_by @ moved).view_as(stale)).scatter(1, wide, new)
 
-        x = torch.cat([x[key].flatten(0, 1), spread(x[rest], index).flatten(0, 1)])
+        now = Sum(torch.cat([x[key].flatten(0, 1), spread(x[rest], index).flatten(0, 1)]))
         scores = None
         for number, layer in enumerate(parts.layers):
-            q, k, v = (t.transpose(0, 1) for t in parts.heads(layer, x))
+            x, *heads = layer.heads(now)
+            q, k, v = (t.transpose(0, 1) for t in heads)
             (q1, q2), (k1, k2), (v1, v2) = apart(q), apart(k), apart(v)
             own = [(q1, k1, v1), (q2, refreshed(k1, k2), refreshed(v1, v2))]
             if saliency and number == len(parts.layers) - 1:
@@ -131,12 +133,13 @@ class SkippingTower:
                     for query, k in looks
                     if query.numel()
                 ]
-            x1, x2 = (
-                parts.attended(layer, x, *(t.transpose(1, 2) for t in seen)) if x.numel() else x
-                for x, seen in zip(apart(x), own, strict=True)
-            )
-            x = parts.mixed(layer, torch.cat([x1.flatten(0, 1), x2.flatten(0, 1)]))
-        x1, x2 = apart(x)
+            found = [
+                layer.attended(*(t.transpose(1, 2) for t in seen)).flatten(0, 1)
+                for seen in own
+                if seen[0].numel()
+            ]
+            now = layer.mixed(Sum(x, torch.cat(found)))
+        x1, x2 = apart(now.total())
         place = torch.cat([key, rest])
         hidden = torch.empty(f, p, d, dtype=x.dtype, device=device)
         hidden[place] = torch.cat([x1, refreshed(x1, x2)])
