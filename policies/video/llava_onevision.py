@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionMultiModalProjector,
+)
 
 from stream.data import Frame, PatchGrid
 from stream.errors import AttachError
@@ -16,6 +19,7 @@ from stream.ops.grids import pool_features, pool_map
 from stream.signals import Signal
 
 from ..adapter import Features, VideoAdapter, VideoPlace
+from ..graphs.footing import hooked
 from ..vision.layout import row_after_row
 from ..vision.lean import Encoder, Lean, lean_tower
 from ..vision.tower import LeanTower
@@ -129,9 +133,16 @@ class Adapter(VideoAdapter):
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Hidden states of the vision tower [f, patches, d] -> features as `features` gives."""
-        x = self.model.model.multi_modal_projector(hidden)
-        side, pooled = self._side, self._pooled_side
-        return pool_features(x, side, side, pooled, pooled).flatten(0, 1)
+        own, side, pooled = self.model.model.multi_modal_projector, self._side, self._pooled_side
+
+        def pool(x: Tensor) -> Tensor:
+            return pool_features(x, side, side, pooled, pooled)
+
+        if type(own) is not LlavaOnevisionMultiModalProjector or any(map(hooked, own.modules())):
+            return pool(own(hidden)).flatten(0, 1)
+        # A pooled patch is a mean, so the last product is as well taken of a quarter of the rows.
+        features: Tensor = own.linear_2(pool(own.act(own.linear_1(hidden))))
+        return features.flatten(0, 1)
 
     def placeholder(self) -> int:
         return int(self.model.config.video_token_id)

@@ -105,3 +105,14 @@ def test_several_layers_or_a_class_token_stay_with_transformers(setting: dict[st
         model.config.vision_feature_layer = setting["vision_feature_layer"]
     adapter = Adapter(model)
     assert adapter.in_fewer_kernels() == adapter.features
+
+
+@torch.inference_mode()
+def test_a_projector_says_the_same_of_pooled_rows_and_its_hooks_run() -> None:
+    adapter, hidden = Adapter(llava_onevision()), torch.randn(3, 25, 32)
+    own = adapter.model.model.multi_modal_projector
+    torch.nn.init.normal_(own.linear_2.bias)
+    want = adapter.model.model.apply_pooling(own(hidden)).flatten(0, 1)
+    assert torch.allclose(adapter.projected(hidden), want, atol=1e-6)
+    own.linear_2.register_forward_hook(lambda module, given, said: said + 1)
+    assert torch.allclose(adapter.projected(hidden), want + 1, atol=1e-6)
