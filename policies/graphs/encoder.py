@@ -27,7 +27,7 @@ from stream.ops.built import built
 from .footing import hooked
 from .joined import one_product, plain
 
-_GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+_GELU, _GELU_TANH = type(ACT2FN["gelu"]), type(ACT2FN["gelu_pytorch_tanh"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +166,17 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {
 
 
 def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
-    """The MLP, on CUDA with its GELU inside the first product where that is the GELU by tanh."""
-    if type(getattr(mlp, "activation_fn", None)) is not _GELU_TANH or not plain([mlp.fc1]):
+    """The MLP; on CUDA its GELU is part of the first product, which computes it by tanh.
+
+    So is an exact GELU of bfloat16: by tanh of the product itself it was 0.17 % off on an H200, and
+    0.24 % of the product once that was rounded.
+    """
+    wide = getattr(mlp, "fc1", None)
+    activation = type(getattr(mlp, "activation_fn", None) or getattr(mlp, "activation", None))
+    if wide is None or activation not in (_GELU, _GELU_TANH) or not plain([wide]):
         return lambda x: mlp(x)
-    wide = mlp.fc1
-    if wide.bias is None or not wide.weight.is_cuda:
+    by_tanh = activation is _GELU_TANH or wide.weight.dtype == torch.bfloat16
+    if not by_tanh or wide.bias is None or not wide.weight.is_cuda:
         return lambda x: mlp(x)
 
     def fused(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersEmbeddings,
@@ -16,6 +15,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from ..graphs.encoder import LeanEncoderLayer, lean, run_layers
 from ..graphs.footing import hooked
+from ..products import linear
 
 States = Callable[[Tensor], Tensor]
 """Pixels [m, 3, h, w] -> hidden states [m, n, d] behind the last norm."""
@@ -65,7 +65,7 @@ def patch_rows(convolution: nn.Conv2d, pixels: Tensor) -> Tensor:
     squares = pixels[..., : rows * height, : columns * width].to(weight.dtype)
     squares = squares.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
     flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return F.linear(flat, weight.flatten(1), convolution.bias)
+    return linear(flat, weight.flatten(1), convolution.bias)
 
 
 def embedding(own: nn.Module) -> States:
