@@ -125,11 +125,11 @@ class VideoReasoner:
         whole = inside or (alone and cached is None)
         steps = self._steps if self._steps and self._steps.ready() else None
         to_question = steps is not None or not alone
-        cache = None if whole else self._shared_prefill(prompt, cached, to_question, steps)
         progress = Progress(self._listener)
         behind = prompt.embeds.shape[1] - prompt.text_from
         decode = steps and partial(steps.decode, progress=progress, hooks=hooks, behind=behind)
         with hooks:
+            cache = None if whole else self._shared_prefill(prompt, cached, to_question, steps)
             if inside:
                 span = VideoSpan(
                     prompt.slots, video.grid, video.pts_s, video.budget, video.plan, Signals({})

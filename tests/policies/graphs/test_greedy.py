@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import ref
 
@@ -178,12 +179,15 @@ def test_a_listener_follows_and_ends_an_answer() -> None:
     assert [len(ids) for ids in heard["fixed"]] == [1, 2, 3]
 
 
-def test_an_answer_within_an_answer_is_refused() -> None:
-    pair = Pair(family("llava_onevision"))
+@pytest.mark.parametrize("questions", [QUESTIONS[1:2], QUESTIONS])
+def test_an_answer_within_an_answer_is_refused(questions: list[str]) -> None:
+    pair = Pair(family("llava_onevision"), "identity")
+    other = replace(pair.video, x=-pair.video.x)
+    pair.same(QUESTIONS)
 
     def listener(token_ids: Sequence[int]) -> bool:
         with pytest.raises(AttachError, match="pruned already"):
-            pair.fixed.answer(pair.video, QUESTIONS[1:2])
+            pair.fixed.answer(other, questions)
         return False
 
     expected = pair.stock.answer(pair.video, QUESTIONS[:1])
