@@ -19,8 +19,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersLayer,
+    Dinov2WithRegistersSelfAttention,
 )
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
 from stream.ops.built import built
 
@@ -117,11 +118,20 @@ class LeanEncoderLayer:
 
 
 def lean(layer: nn.Module) -> LeanEncoderLayer | None:
-    """The same with fewer kernels; None where the type is unknown or something is hooked to it."""
-    parts = _KNOWN.get(type(layer))
-    if parts is None or any(map(hooked, layer.modules())):
+    """The same with fewer kernels; None where its type, or that of its attention or norms, is
+    unknown or something is hooked to it."""
+    known = _KNOWN.get(type(layer))
+    if known is None or any(map(hooked, layer.modules())):
         return None
-    return LeanEncoderLayer(parts(layer))
+    taken, attention = known
+    parts = taken(layer)
+    usual = type(parts.attention) is attention and all(map(usual_norm, parts.norms))
+    return LeanEncoderLayer(parts) if usual else None
+
+
+def usual_norm(norm: Any) -> bool:
+    """Whether it is a LayerNorm with weight and bias, to which nothing is hooked."""
+    return type(norm) is nn.LayerNorm and norm.bias is not None and not hooked(norm)
 
 
 def run_layers(layers: Iterable[LeanEncoderLayer], x: Tensor) -> Sum:
@@ -159,9 +169,9 @@ def dinov2(layer: Any) -> EncoderParts:
     )
 
 
-_KNOWN: dict[type[nn.Module], Callable[[Any], EncoderParts]] = {
-    SiglipEncoderLayer: siglip,
-    Dinov2WithRegistersLayer: dinov2,
+_KNOWN: dict[type[nn.Module], tuple[Callable[[Any], EncoderParts], type[nn.Module]]] = {
+    SiglipEncoderLayer: (siglip, SiglipAttention),
+    Dinov2WithRegistersLayer: (dinov2, Dinov2WithRegistersSelfAttention),
 }
 
 

@@ -50,7 +50,7 @@ class MergingTower:
 
     def __call__(self, pixels: Tensor, saliency: bool = False) -> tuple[Tensor, ...]:
         """[f, 3, h, w] -> (hidden states [f, p, d],), and received attention [f, p] if asked."""
-        parts = self._parts
+        parts = self._parts.now()
         x = parts.embed(pixels)
         now = Sum(x)
         size = torch.ones(x.shape[:2], device=x.device)

@@ -3,12 +3,13 @@ leave."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..graphs.encoder import LeanEncoderLayer, siglip
+from ..graphs.footing import Footing
 from ..probes import Attention
 from .tower import embedding
 
@@ -20,11 +21,22 @@ class SiglipParts:
     """
 
     def __init__(self, tower: nn.Module) -> None:
-        inner: Any = getattr(tower, "vision_model", tower)
+        self._tower, self._footing = tower, Footing(lambda: (tower,))
+        self._build()
+
+    def now(self) -> Self:
+        """The parts of the tower as it is now; ask once for each pass."""
+        if not self._footing.holds():
+            self._build()
+        return self
+
+    def _build(self) -> None:
+        inner: Any = getattr(self._tower, "vision_model", self._tower)
         self.embed = embedding(inner.embeddings)
         self.layers = [LeanEncoderLayer(siglip(layer)) for layer in inner.encoder.layers]
         self.patch_px = int(inner.embeddings.patch_size)
         self.patches = int(inner.embeddings.num_patches)
+        self._footing.note()  # joined weights have moved
 
 
 def received(layer: LeanEncoderLayer, query: Tensor, key: Tensor) -> Tensor:

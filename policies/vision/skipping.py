@@ -96,7 +96,7 @@ class SkippingTower:
         self, pixels: Tensor, layout: Layout, saliency: bool = False
     ) -> tuple[Tensor, ...]:
         """[f, 3, h, w] -> (hidden states [f, p, d],), and received attention [f, p] if asked."""
-        parts, device = self._parts, pixels.device
+        parts, device = self._parts.now(), pixels.device
         key, rest, of = layout
         x = parts.embed(pixels)
         f, p, d = x.shape

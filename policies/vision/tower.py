@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersEmbeddings,
+    Dinov2WithRegistersPatchEmbeddings,
 )
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
-from ..graphs.encoder import LeanEncoderLayer, lean, run_layers
+from ..graphs.encoder import LeanEncoderLayer, lean, run_layers, usual_norm
 from ..graphs.footing import hooked
 from ..products import linear
 
@@ -26,7 +27,7 @@ class LeanTower:
 
     def __init__(self, tower: Any, layers: list[LeanEncoderLayer]) -> None:
         self.layers, self.embed = layers, embedding(tower.embeddings)
-        self._norm = getattr(tower, "post_layernorm", None) or tower.layernorm
+        self._norm = _last_norm(tower)
 
     @classmethod
     def of(cls, tower: nn.Module) -> LeanTower | None:
@@ -37,7 +38,9 @@ class LeanTower:
         own = getattr(inner.encoder, "layers", None) or inner.encoder.layer
         layers = [made for layer in own if (made := lean(layer)) is not None]
         around = any(map(hooked, (tower, inner, inner.encoder)))
-        return None if around or len(layers) < len(own) else cls(inner, layers)
+        if around or len(layers) < len(own) or not usual_norm(_last_norm(inner)):
+            return None
+        return cls(inner, layers)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """See `States`."""
@@ -46,6 +49,10 @@ class LeanTower:
     def hidden(self, pixels: Tensor, depth: int) -> Tensor:
         """Hidden states [m, n, d] behind so many layers."""
         return run_layers(self.layers[:depth], self.embed(pixels)).total()
+
+
+def _last_norm(inner: Any) -> Any:
+    return getattr(inner, "post_layernorm", None) or inner.layernorm
 
 
 def states(tower: Any) -> States:
@@ -72,7 +79,8 @@ def embedding(own: nn.Module) -> States:
     """What enters the first layer, [m, n, d], row after row in memory; as the module itself says it
     where its type is unknown or something is hooked to it."""
     embed = _EMBED.get(type(own))
-    if embed and not any(map(hooked, own.modules())):
+    usual = all(type(part) in _EMBED_PARTS for part in own.modules() if part is not own)
+    if embed and usual and not any(map(hooked, own.modules())):
         return partial(embed, own)
     return lambda pixels: own(pixels).contiguous()
 
@@ -100,3 +108,4 @@ _EMBED: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     SiglipVisionEmbeddings: _siglip,
     Dinov2WithRegistersEmbeddings: _dinov2,
 }
+_EMBED_PARTS = (nn.Conv2d, nn.Embedding, nn.Dropout, Dinov2WithRegistersPatchEmbeddings)

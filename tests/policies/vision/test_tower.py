@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from policies.video.llava_onevision import Adapter
 from policies.vision.layout import lay_out_patches
@@ -64,6 +66,37 @@ def test_hooks_run_since_what_is_hooked_stays_stock(where: str) -> None:
     want = model(pixels).last_hidden_state
     assert torch.allclose(states(model)(pixels), want, atol=1e-5)
     assert len(called) == 2
+
+
+def inner(model: Any) -> Any:
+    return getattr(model, "vision_model", model)
+
+
+def another_attention(model: Any) -> None:
+    class Other(SiglipAttention):
+        pass
+
+    inner(model).encoder.layers[0].self_attn.__class__ = Other
+
+
+def another_norm(model: Any) -> None:
+    inner(model).encoder.layers[1].layer_norm2 = nn.RMSNorm(32)
+
+
+def no_bias(model: Any) -> None:
+    inner(model).post_layernorm.bias = None
+
+
+def hooked_norm(model: Any) -> None:
+    inner(model).post_layernorm.register_forward_hook(lambda *given: None)
+
+
+@pytest.mark.parametrize("change", [another_attention, another_norm, no_bias, hooked_norm])
+def test_towers_with_unusual_parts_are_left_alone(change: Callable[[Any], None]) -> None:
+    model = vision_model("siglip")
+    assert LeanTower.of(model) is not None
+    change(model)
+    assert LeanTower.of(model) is None
 
 
 def test_other_towers_are_left_alone() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policies.adapter import SaliencyTap, adapter_for
 from policies.models import load
@@ -23,6 +24,7 @@ from stream.errors import AttachError, ConfigError
 from stream.registry import build_reducer
 from stream.signals import Signal
 
+from ..changes import Change, adapted, assigned, moved
 from ..tiny_models import llava_onevision, qwen2_5_vl
 
 FRAMES, SIDE = 8, 5
@@ -115,6 +117,26 @@ def test_what_stands_still_learns_of_a_change(monkeypatch: pytest.MonkeyPatch) -
     told_by = tower._told_by
     monkeypatch.setattr(tower, "_told_by", lambda *given: 0 * told_by(*given))
     assert told < 0.5 * loss()
+
+
+@pytest.mark.parametrize("change", [assigned, adapted, moved, nn.Module.double])
+@pytest.mark.parametrize("kind", [MergingTower.usual, SkippingTower])
+@torch.inference_mode()
+def test_a_tower_is_what_it_is_now(kind: Callable[[Any], Any], change: Change) -> None:
+    tower, twin = (Adapter(llava_onevision()).vision_model for _ in range(2))
+
+    def seen(lean: Any) -> Tensor:
+        given = (lean.layout(clip(4)),) if kind is SkippingTower else ()
+        hidden: Tensor = lean(clip(4).to(next(tower.parameters()).dtype), *given, False)[0]
+        return hidden
+
+    lean = kind(tower)
+    before = seen(lean)
+    for each in (tower, twin):
+        change(each)
+    got, want = seen(lean), seen(kind(twin))
+    assert change is moved or not torch.equal(got.float(), before)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [5, 8, 27])
