@@ -38,6 +38,10 @@ class _Expected:
     text_from: int
     prompt: Tensor | None
 
+    def check(self, sequences: int) -> None:
+        if len(self.rows) != sequences:
+            raise AttachError(f"{len(self.rows)} sequences were announced, {sequences} came.")
+
     def queries(self, embeds: Tensor, mask: Tensor | None) -> QueryRows:
         """embeds: [b, n, d] of the prefill; mask: its attention mask in any form."""
         prompt = self.prompt
@@ -164,12 +168,15 @@ class ReductionHooks:
         self._stack.close()
         self._expected = None
 
-    def hand_over(self) -> tuple[list[list[VideoSpan]], tuple[Reducer, ...]]:
-        """Detach; what was announced, and the stages inside the model, for somebody who prefills in
-        another way. No videos where nothing was."""
+    def hand_over(self, sequences: int) -> tuple[list[list[VideoSpan]], tuple[Reducer, ...]]:
+        """Detach; what was announced, and the stages inside the model, for somebody who prefills so
+        many sequences in another way. No videos where nothing was."""
         expected = self._expected
         self.detach()
-        return ([], ()) if expected is None else (expected.rows, tuple(self._inside.values()))
+        if expected is None:
+            return [], ()
+        expected.check(sequences)
+        return expected.rows, tuple(self._inside.values())
 
     def note(self, state: Prefill) -> None:
         """What became of the videos that were handed over."""
@@ -203,10 +210,7 @@ class ReductionHooks:
         expected, self._expected = self._expected, None
         self._prefill = None
         if expected is not None:
-            if len(expected.rows) != embeds.shape[0]:
-                raise AttachError(
-                    f"{len(expected.rows)} sequences were announced, {embeds.shape[0]} came."
-                )
+            expected.check(embeds.shape[0])
             queries = expected.queries(embeds, kwargs.get("attention_mask"))
             self._prefill = Prefill(expected.rows, embeds.shape[1], queries)
         if cache is not None:

@@ -25,6 +25,7 @@ class GraphPool:
 
     enabled: capture on CUDA; else, and on other devices, the same work is launched eagerly.
     spare: called when memory runs out; its owner drops what it keeps and does not use now.
+    patience: runs of each program that are launched as they stand before it may be captured.
     open: set it to False where nothing may be captured any more; what was not is launched eagerly.
     captured: graphs so far. fallen_back: reasons why some work could not be captured. uncaptured:
     runs of work without a graph, where graphs are wanted.
@@ -36,10 +37,11 @@ class GraphPool:
         device: torch.device | str,
         enabled: bool = True,
         spare: Callable[[], None] = lambda: None,
+        patience: int = 0,
     ) -> None:
         self.device = torch.device(device)
         self.enabled = enabled and self.device.type == "cuda"
-        self.open = True
+        self.open, self.patience = True, patience
         self.captured = self.uncaptured = 0
         self.fallen_back: list[str] = []
         self.warmup_s = 0.0
@@ -58,7 +60,7 @@ class GraphPool:
         start_s = time.perf_counter()
         try:
             made = self._attempt(work, reset)
-            if isinstance(made, torch.cuda.OutOfMemoryError):
+            if _ran_out(made):
                 self._spare()
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -69,8 +71,7 @@ class GraphPool:
             self.captured += 1
             return made
         gc.collect()
-        out_of_memory = isinstance(made, torch.cuda.OutOfMemoryError)
-        why = "out of memory while capturing." if out_of_memory else str(made).splitlines()[0]
+        why = "out of memory while capturing." if _ran_out(made) else str(made).splitlines()[0]
         if not self.fallen_back:
             warnings.warn(
                 f"{name}: {why} Its kernels are launched one by one instead of as a graph.",
@@ -120,6 +121,12 @@ class GraphPool:
             self._graph_of(lambda: torch.zeros(1, device=self.device), lambda: None)
 
 
+def _ran_out(made: Any) -> bool:
+    """Whether an attempt ended for want of memory; the driver says so in a plain RuntimeError."""
+    is_said = isinstance(made, RuntimeError) and "out of memory" in str(made)
+    return is_said or isinstance(made, torch.cuda.OutOfMemoryError)
+
+
 def _cause(error: RuntimeError, handled: BaseException | None) -> RuntimeError:
     """The first of the errors that led to this one, without the frames that it came through.
 
@@ -136,7 +143,8 @@ def _cause(error: RuntimeError, handled: BaseException | None) -> RuntimeError:
 class Program:
     """Work over tensors of fixed shape; call it with new values.
 
-    On a capturing pool the first call captures, while the pool is open; each call then copies the
+    On a capturing pool the first call that is not waited for captures, while the pool is open; each
+    call then copies the
     values into the graph's own inputs, replays it, and returns the graph's own outputs, which the
     next call overwrites.
 
@@ -148,13 +156,14 @@ class Program:
     ) -> None:
         self._pool, self._name, self._work, self._state = pool, name, work, tuple(state)
         self._graph: Any = None
-        self._tried = not pool.enabled
+        self._tried, self._runs = not pool.enabled, 0
         self._inputs: tuple[Tensor, ...] = ()
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        if not self._tried and self._pool.open:
+        if not self._tried and self._pool.open and self._runs >= self._pool.patience:
             self._capture(values)
+        self._runs += 1
         if self._graph is None:
             self._pool.uncaptured += self._pool.enabled
             return self._work(*values)

@@ -24,6 +24,7 @@ from stream.signals import Signal
 from ..prefill import Prefill, VideoSpan
 from ..probes import Attention, probing
 from ..query_rows import ROW_SIGNALS, QueryRows
+from .buckets import TEXT_STEP, round_up
 from .capture import Program
 from .continuation import Continuation, rows_of
 from .kept import Kept, weakly
@@ -93,7 +94,8 @@ class StagedDecoder(Continuation):
         prompt = torch.arange(n, device=self._device) < ends
         none = ends.new_full((1,), -1)
         last = [torch.cat([none, *(s.slots for s in spans)]).amax() for spans in rows]
-        queries = QueryRows.of(prompt, torch.stack(last), n - text_from)
+        tail = round_up(n - text_from, TEXT_STEP)
+        queries = QueryRows.of(prompt, torch.stack(last), tail)
         state = Prefill(rows, n, queries, padding=n - length)
         x = embeds
         for stage in stages:
@@ -110,7 +112,7 @@ class StagedDecoder(Continuation):
             here = entering if alive is None else _at(entering, alive)
             needs = inside[section.stop].needs & ROW_SIGNALS if section.stop in inside else ()
             wanted = tuple(sorted(needs))
-            program = self._section_program(i, x.shape[1], wanted, state.queries.tail)
+            program = self._section_program(i, x.shape[1], wanted, tail)
             x, *seen = program(x, here, state.queries.prompt, state.queries.text)
             state.signals[section.stop] = dict(zip(wanted, seen, strict=True))
         lengths = tuple(state.lengths(len(self._layers)))
@@ -173,7 +175,11 @@ class StagedDecoder(Continuation):
     def _section_program(
         self, index: int, length: int, wanted: tuple[Signal, ...], tail: int
     ) -> Program:
-        """Rows [b, length, d] through the layers of a section, and what the next stage reads."""
+        """Rows [b, length, d] through the layers of a section, and what the next stage reads.
+
+        tail: where the text is, see `QueryRows`.
+        """
+        tail = tail if Signal.TEXT_ROWS in wanted else 0
 
         def made() -> Program:
             first, last = self.sections[index].first, self.sections[index].stop - 1

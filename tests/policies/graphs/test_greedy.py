@@ -20,6 +20,7 @@ from stream.data import Budget
 from stream.errors import AttachError
 from stream.memory import Memory
 from stream.pipeline import ReducedVideo, Reply, reduce_video
+from stream.plan import Plan
 from stream.registry import build_reducer
 
 from ..test_reasoner import FRAMES, family
@@ -243,6 +244,34 @@ def test_what_comes_once_is_not_captured_and_what_comes_again_once(
         counts.append(captured())
     assert len(pair.shapes) == 6
     assert counts == [0, pair.programs, pair.programs]
+
+
+@pytest.mark.parametrize("method", ["identity", "fastv"])
+def test_sizes_that_are_padded_alike_share_what_does_not_differ(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is captured at its first sight, though its shape may be known."""
+    monkeypatch.setattr(greedy, "GraphPool", TapedPool)
+    pair = Pair(family("llava_onevision"), method)
+    grid = pair.video.grid
+    whole = [torch.arange(k) for k in range(grid.size - 12, grid.size)]
+    videos = [
+        replace(
+            pair.video,
+            x=pair.video.x[: len(kept)] if method == "identity" else pair.video.x[kept],
+            plan=Plan.keep(kept, grid.size),
+        )
+        for kept in whole
+        if len(kept) <= len(pair.video.x)
+    ]
+    for _ in range(2):
+        for video in videos:
+            expected = pair.stock.answer(video, QUESTIONS[:1])
+            same(pair.fixed.answer(video, QUESTIONS[:1]), expected)
+        parts = pair.counts[0]
+        if method == "identity":
+            assert parts == len(pair.shapes) < len(videos)
+    assert sum(c.pool.captured for c in pair.shapes) == pair.programs
 
 
 def test_buffers_that_are_kept_share_a_room(monkeypatch: pytest.MonkeyPatch) -> None:
