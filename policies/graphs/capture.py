@@ -143,10 +143,9 @@ def _cause(error: RuntimeError, handled: BaseException | None) -> RuntimeError:
 class Program:
     """Work over tensors of fixed shape; call it with new values.
 
-    On a capturing pool the first call that is not waited for captures, while the pool is open; each
-    call then copies the
-    values into the graph's own inputs, replays it, and returns the graph's own outputs, which the
-    next call overwrites.
+    On a capturing pool that is open the first call captures, or the first behind the runs that the
+    pool's patience asks for; each call then copies the values into the graph's own inputs, replays
+    it, and returns the graph's own outputs, which the next call overwrites.
 
     state: tensors that the work changes in place; warming up leaves them as they were.
     """
