@@ -273,7 +273,7 @@ def usable(pool: GraphPool) -> None:
     for _ in range(3):  # memory that another stream has used comes back
         values = at_once(
             torch.device("cuda"),
-            [lambda: torch.rand(8 * MIB, device="cuda"), lambda: torch.ones(8 * MIB).cuda()],
+            [lambda: torch.rand(3 * MIB, device="cuda"), lambda: torch.ones(3 * MIB).cuda()],
         )
         assert float((values[0] + values[1]).min()) >= 1
         del values
