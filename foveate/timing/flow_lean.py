@@ -88,8 +88,7 @@ class _LeanLayer:
         self._project = one_product(own)
         mlp = layer.mlp
         self._widen = one_product([mlp.gate, mlp.up])
-        is_fused = type(mlp.activation) is plain.SILU and kernels is not plain
-        self._gate = kernels.silu_gate if is_fused else lambda g, u: mlp.activation(g) * u
+        self._gate = plain.gate_of(mlp.activation, kernels is not plain)
 
     def behind(self, key: Tensor, value: Tensor) -> Pair:
         """What the layer attends to of the prefix."""

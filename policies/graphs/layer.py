@@ -27,7 +27,8 @@ from .footing import hooked
 from .joined import one_product
 
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen2_5_VLDecoderLayer)
-SILU = type(ACT2FN["silu"])
+FUSED = {type(ACT2FN["silu"]): "silu_gate", type(ACT2FN["gelu_pytorch_tanh"]): "tanh_gelu_gate"}
+"""Activations whose gate is one kernel on CUDA, and its name."""
 
 
 def lean(layer: nn.Module) -> Callable[..., Tensor]:
@@ -81,9 +82,7 @@ class LeanLayer:
         fused = compiled() if layer.input_layernorm.weight.is_cuda else None
         self._rotate = fused.rotate if fused else rotate
         self._add_norm = fused.add_norm if fused else add_norm
-        self._gate = (
-            fused.silu_gate if fused and type(mlp.act_fn) is SILU else partial(gated, mlp.act_fn)
-        )
+        self._gate = gate_of(mlp.act_fn, layer.input_layernorm.weight.is_cuda)
 
     def __call__(
         self,
@@ -147,6 +146,13 @@ class LeanLayer:
         return mixed
 
 
+def gate_of(activation: Any, on_cuda: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """(gate, up), both [b, n, d] -> activation(gate) * up."""
+    name = FUSED.get(type(activation))
+    kernels = compiled() if on_cuda and name else None
+    return getattr(kernels, name) if kernels and name else partial(gated, activation)
+
+
 def gated(function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     return function(gate) * up
 
@@ -186,6 +192,7 @@ def compiled() -> ModuleType | None:
         x = torch.zeros(1, 1, 2, 4, device="cuda")
         layer_cuda.rotate(x, x, x[:, :, 0], x[:, :, 0])
         layer_cuda.silu_gate(x[:, :, 0], x[:, :, 0])
+        layer_cuda.tanh_gelu_gate(x[:, :, 0], x[:, :, 0])
         layer_cuda.add_norm(x[:, :, 0], x[:, :, 0], x[0, 0, 0], 1e-6)
         return layer_cuda
 

@@ -47,6 +47,11 @@ def bound(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
             setattr(owner, name, before)
 
 
+def instead(new: Any, old: Any) -> Any:
+    """What `bound` wraps by where it takes the place of the method."""
+    return new
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked of the next prefix. memories, times_s: one for each sequence of the batch."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..graphs.kept import Kept, weakly
 from ..graphs.standing import Standing
 from .flow import FlowPruning, FlowSteps, Inference, Request
 from .flow_family import FlowFamily
+from .lean import at_once, lean_parts
 
 KEPT = 16
 """Shapes that are kept of each part. A flow step holds a copy of the prefix's keys and values, 5 MB
@@ -26,7 +28,10 @@ Like = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class CapturedFlow(Standing):
-    """Parts of a policy, under its pruning, in fixed shapes; what runs is lerobot's own code.
+    """Parts of a policy, under its pruning, in fixed shapes.
+
+    What runs is lerobot's own code, but for norms, MLPs, rotation and attention, which take fewer
+    kernels, and for pictures, which are embedded all at once: actions are the same up to rounding.
 
     The first call of a shape captures it, which takes about three calls. A call that overlaps
     another is refused with AttachError. Ask `ready` before each call.
@@ -57,8 +62,9 @@ class CapturedFlow(Standing):
         return self.eyes.get(like, lambda: Program(self.pool, name, weakly(self._run_eye, n)))
 
     def _run_eye(self, n: int, *given: Tensor) -> tuple[Tensor, ...]:
-        with self._family.capturable():
-            return self._family.embed(given[:n], given[n : 2 * n], *given[2 * n :])
+        pictures = given[:n]
+        with _lean(self._family), at_once(self._family.towers, pictures):
+            return self._family.embed(pictures, given[n : 2 * n], *given[2 * n :])
 
     def prefill(
         self, request: Request, embeds: Tensor, padding: Tensor, blocks: Tensor
@@ -100,8 +106,9 @@ class CapturedFlow(Standing):
         self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor
     ) -> tuple[Tensor, ...]:
         cache, last = DynamicCache(), hidden
-        for left in self._family.layers(which, hidden, positions, mask, cache):
-            last, hidden = hidden, left
+        with _lean(self._family):
+            for left in self._family.layers(which, hidden, positions, mask, cache):
+                last, hidden = hidden, left
         layers: Any = cache.layers[which.start : which.stop]
         return hidden, last, *(part for own in layers for part in (own.keys, own.values))
 
@@ -184,11 +191,17 @@ class _Step:
         cache = copy(self._cache)  # what a step adds goes when it ends
         cache.layers = [copy(layer) for layer in self._cache.layers]
         steps = FlowSteps(self.looked.shape[1], self._alive, self.looked)
-        with self._pruning as pruning, self._family.capturable():
+        with _lean(self._family), self._pruning as pruning:
             pruning.steps = steps
             velocity = self._family.velocity(noisy, time, self._padding, cache, *self._beside)
         self.looks = steps.looks
         return (velocity,)
+
+
+@contextmanager
+def _lean(family: FlowFamily) -> Iterator[None]:
+    with lean_parts(family.model), family.capturable():
+        yield
 
 
 def _like(tensors: Sequence[Tensor]) -> Like:

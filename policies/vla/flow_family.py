@@ -59,7 +59,8 @@ class Seen:
 class FlowFamily(ABC):
     """One family of lerobot's flow policies: what its prefix holds, how its layers are reached.
 
-    pictures: name of the policy's method that makes model inputs of a batch's pictures.
+    pictures: name of the policy's method that makes model inputs of a batch's pictures. towers: the
+    module that embeds them, one after the other.
     state_in_prefix: whether a prefix has to be prefilled anew to take in a newer state.
     """
 
@@ -68,6 +69,7 @@ class FlowFamily(ABC):
 
     provides_inside: ClassVar[frozenset[Signal]] = ROW_SIGNALS | {Signal.INPUT_EMBEDDINGS}
     pictures: ClassVar[str]
+    towers: Any
     state_in_prefix: ClassVar[bool]
 
     def __init__(self, policy: Any) -> None:
@@ -150,7 +152,8 @@ class FlowFamily(ABC):
 
     def capturable(self) -> AbstractContextManager[Any]:
         """While open, the policy's own code runs as a graph should: once it has seen pictures of a
-        size it asks for no value of a tensor, and it copies nothing that stays as it is."""
+        size it asks for no value of a tensor, it copies nothing that stays as it is, and what is
+        its family's alone takes few kernels."""
         return nullcontext()
 
     @abstractmethod

@@ -249,8 +249,9 @@ def load(
 ) -> FlowPolicy:
     """A policy from a checkpoint folder or hub name of lerobot, by lerobot's own loaders.
 
-    Reads safetensors and JSON alone. Raises AttachError for what cannot be loaded, also where
-    lerobot itself would go on with random weights. capture: see `FlowPolicy`.
+    As in lerobot's own evaluation, products of float32 may round their factors (TF32) in the whole
+    process from then on. Reads safetensors and JSON alone. Raises AttachError for what cannot be
+    loaded, also where lerobot itself would go on with random weights. capture: see `FlowPolicy`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -259,6 +260,7 @@ def load(
     from safetensors import SafetensorError
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         config: Any = PreTrainedConfig.from_pretrained(name)
         config.device, config.compile_model = device, False

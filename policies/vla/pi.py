@@ -24,9 +24,9 @@ class PiFamily(FlowFamily):
 
     def __init__(self, policy: Any) -> None:
         super().__init__(policy)
-        self._towers: Any = self.model.paligemma_with_expert
-        self._prefix: Any = self._towers.paligemma.model.language_model
-        self._expert: Any = self._towers.gemma_expert.model
+        self.towers: Any = self.model.paligemma_with_expert
+        self._prefix: Any = self.towers.paligemma.model.language_model
+        self._expert: Any = self.towers.gemma_expert.model
 
     @property
     def depth(self) -> int:
@@ -34,7 +34,7 @@ class PiFamily(FlowFamily):
 
     @property
     def side(self) -> int:
-        patch = self._towers.paligemma.config.vision_config.patch_size
+        patch = self.towers.paligemma.config.vision_config.patch_size
         return int(self.policy.config.image_resolution[0] // patch)
 
     @property
@@ -119,7 +119,7 @@ class PiFamily(FlowFamily):
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
         hidden, positions, mask = self.entering(embeds, padding, blocks)
         self._prefix.config._attn_implementation = "eager"
-        _, cache = self._towers.forward(
+        _, cache = self.towers.forward(
             attention_mask=mask,
             position_ids=positions,
             past_key_values=None,

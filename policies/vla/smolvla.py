@@ -7,6 +7,7 @@ last row is the state's, which stands behind the instruction.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from stream.errors import AttachError
 
 from ..probes import Attention
-from .flow import FlowPruning, bound
+from .flow import FlowPruning, bound, instead
 from .flow_family import FlowFamily
+from .lean import attend, attention, compiled_or_plain
 
 
 class Family(FlowFamily):
@@ -30,21 +32,22 @@ class Family(FlowFamily):
         super().__init__(policy)
         if not policy.config.use_cache:
             raise AttachError("SmolVLA was configured with use_cache=False; pruning needs it True.")
-        self._towers: Any = self.model.vlm_with_expert
-        self._vlm: Any = self._towers.get_vlm_model()
+        self.towers: Any = self.model.vlm_with_expert
+        self._vlm: Any = self.towers.get_vlm_model()
         self._marks = {
             name: getattr(self.model, name).to(self._vlm.device)
             for name in ("global_image_start_token", "image_end_token")
         }
         self._places: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._timescales: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
     def depth(self) -> int:
-        return int(self._towers.num_vlm_layers)
+        return int(self.towers.num_vlm_layers)
 
     @property
     def side(self) -> int:
-        config = self._towers.config
+        config = self.towers.config
         resized = self.policy.config.resize_imgs_with_padding
         pixels = resized[0] if resized else config.vision_config.image_size
         return int(pixels // config.vision_config.patch_size // config.scale_factor)
@@ -138,8 +141,8 @@ class Family(FlowFamily):
 
         with ExitStack() as stack:
             for name in ("forward_attn_layer", "forward_cross_attn_layer"):
-                stack.enter_context(bound(self._towers, name, layered))
-            stack.enter_context(bound(self._towers, "eager_attention_forward", seen))
+                stack.enter_context(bound(self.towers, name, layered))
+            stack.enter_context(bound(self.towers, "eager_attention_forward", seen))
             yield
 
     def words(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -159,7 +162,7 @@ class Family(FlowFamily):
 
     @contextmanager
     def capturable(self) -> Iterator[None]:
-        """The tower selects its position embeddings by a mask of patches, of which here all count;
+        """The tower selects its position embeddings by a mask of patches, of which here all count,
         and the marks around pictures come from the host each time."""
         tower = self._vlm.vision_model
 
@@ -177,8 +180,23 @@ class Family(FlowFamily):
         with ExitStack() as stack:
             stack.enter_context(bound(tower, "forward", seen))
             for name, mark in self._marks.items():
-                stack.enter_context(bound(self.model, name, partial(_instead, mark)))
+                stack.enter_context(bound(self.model, name, partial(instead, mark)))
+            modeling = sys.modules[type(self.towers).__module__]
+            stack.enter_context(bound(modeling, "apply_rope", partial(instead, self._turned)))
+            stack.enter_context(
+                bound(self.towers, "eager_attention_forward", partial(instead, _attended))
+            )
             yield
+
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """As the policy's `apply_rope`."""
+        half, device = x.shape[-1] // 2, x.device
+        if (half, device) not in self._timescales:
+            exponents = torch.arange(half, dtype=torch.float32, device=device) / half
+            self._timescales[half, device] = 10_000**exponents
+        timescale = self._timescales[half, device]
+        turned: Tensor = compiled_or_plain(x).rope(x, positions, timescale)
+        return turned
 
     def _patch_places(self, pixels: Tensor) -> Tensor:
         """long [b, patches]: where the tower's own embeddings look up positions."""
@@ -209,7 +227,7 @@ class Family(FlowFamily):
     def layers(
         self, which: range, hidden: Tensor, positions: Tensor, mask: Tensor, cache: Any
     ) -> Iterator[Tensor]:
-        towers, text = self._towers, self._vlm.text_model
+        towers, text = self.towers, self._vlm.text_model
         towers_layers = towers.get_model_layers([text, towers.lm_expert])
         shape = len(hidden), towers.config.text_config.head_dim
         for layer in which:
@@ -227,7 +245,7 @@ class Family(FlowFamily):
 
     def prefill(self, embeds: Tensor, padding: Tensor, blocks: Tensor) -> Any:
         hidden, positions, mask = self.entering(embeds, padding, blocks)
-        _, cache = self._towers.forward(
+        _, cache = self.towers.forward(
             attention_mask=mask,
             position_ids=positions,
             past_key_values=None,
@@ -249,13 +267,17 @@ class Family(FlowFamily):
         return actions
 
 
-def _instead(near: Tensor, far: Tensor) -> Tensor:
-    return near
+def _attended(
+    mask: Tensor, batch: int, head_dim: int, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """As the policy's `eager_attention_forward`; which attends in float32, too."""
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    seen, _ = attend(query.float(), key.float(), value, mask[:, None], head_dim**-0.5)
+    return seen
 
 
 def _received(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Mean over heads and rows. query: [b, s, h, d]; key: [b, m, h_kv, d]; mask: bool [b, s, m]."""
-    attention = Attention(
-        query.transpose(1, 2), key.transpose(1, 2), query.shape[-1] ** -0.5, mask[:, None], False
-    )
-    return attention.received_from_all()
+    """Mean over heads and rows, float32 [b, m]. query: [b, s, h, d]; key: [b, m, h_kv, d]; mask:
+    bool [b, s, m], where each row sees something."""
+    key = key.transpose(1, 2).float()
+    return attention(query.float(), key, mask[:, None], query.shape[-1] ** -0.5).mean((1, 2))

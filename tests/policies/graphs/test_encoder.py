@@ -20,6 +20,7 @@ from policies.graphs import encoder
 from policies.graphs.encoder import Sum
 from policies.probes import Attention, probing
 
+from ..kernels import kernels
 from .test_layer import Counted
 
 FAMILIES = ["siglip", "erf", "dinov2", "swiglu", "no_bias"]
@@ -120,16 +121,6 @@ def test_layers_take_fewer_operators_where_nothing_is_fused_too() -> None:
             run(layers, x)
         counts.append(len(counted.names))
     assert counts[1] <= counts[0] - 2 * len(layers)
-
-
-def kernels(run: Any) -> int:
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    kind = torch.autograd.DeviceType.CUDA
-    return len([e for e in profile.events() if e.device_type == kind and "Memset" not in e.name])
 
 
 @pytest.mark.gpu

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 
 from policies.graphs import layer
 
@@ -46,17 +46,19 @@ def test_one_kernel_rotates_as_the_operators_do(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 3, 1100)])
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("function", ["silu", "gelu_pytorch_tanh"])
 def test_one_kernel_gates_as_the_operators_do(
-    shape: tuple[int, ...], apart: bool, dtype: torch.dtype
+    function: str, shape: tuple[int, ...], apart: bool, dtype: torch.dtype
 ) -> None:
     """Of tensors of their own, and of the halves of one."""
     draw = torch.Generator().manual_seed(0)
     both = (torch.randn(*shape[:2], 2 * shape[2], generator=draw) * 20).to(dtype).to(DEVICE)
     halves = both.chunk(2, -1)
     gate, up = (half.clone() for half in halves) if apart else halves
-    got = layer_cuda.silu_gate(gate, up)
+    activation = ACT2FN[function]
+    got = getattr(layer_cuda, layer.FUSED[type(activation)])(gate, up)
     gate, up = gate.cpu(), up.cpu()
-    exact = F.silu(gate.float()) * up.float()
+    exact = activation(gate.float()) * up.float()
     tolerance = 1e-5 if dtype == torch.float32 else BFLOAT16
     assert torch.allclose(got.float().cpu(), exact, atol=1e-5, rtol=tolerance)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,7 @@ from policies.graphs.wanted import Capture
 from policies.vla import flow_captured
 from policies.vla.flow import FlowPruning, FlowSteps
 from policies.vla.flow_captured import CapturedFlow
-from policies.vla.flow_policy import FlowPolicy
+from policies.vla.flow_policy import WEIGHTS, FlowPolicy
 from stream.data import Budget, Observation
 from stream.errors import AttachError
 from stream.memory import Memory
@@ -36,6 +38,7 @@ from tests.policies.vla.test_flow_policy import observed
 N = len(CAMERAS) * PER_CAMERA
 CAPTURES: tuple[Capture, ...] = ("on", "off")
 KINDS = sorted(BUILDERS)
+ROUNDING = 1e-4
 EYE, SECTIONS, STEPS = 1, 3, 2
 """Graphs of one size of pictures and two budgets: in front of the layer that prunes there is one
 length, behind it and in the flow steps there are two."""
@@ -61,6 +64,13 @@ def acted(
     return chunk.actions, attention
 
 
+def same(mine: tuple[Any, Tensor], theirs: tuple[Any, Tensor], rounding: float = ROUNDING) -> None:
+    """Actions of up to 10, and what they looked at, token by token."""
+    assert np.abs(mine[0] - theirs[0]).max() < rounding
+    assert (mine[1] - theirs[1]).abs().max() < rounding
+    assert torch.equal(mine[1] > 0, theirs[1] > 0)
+
+
 def both(parts: Any, reducer: Reducer | None = None) -> tuple[FlowPolicy, FlowPolicy]:
     """The same policy in fixed shapes and kernel by kernel."""
     policy, before, after = parts
@@ -75,7 +85,7 @@ def both(parts: Any, reducer: Reducer | None = None) -> tuple[FlowPolicy, FlowPo
 
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("layer", [None, 1, 3, 5])
-def test_actions_and_attention_are_the_same_bits(
+def test_actions_and_attention_are_the_same(
     parts: Any, layer: int | None, steps: int | None
 ) -> None:
     fixed, stock = both(parts, build_reducer("vla_pruner", layer=layer))
@@ -86,12 +96,11 @@ def test_actions_and_attention_are_the_same_bits(
             acted(policy, observation, 9, memory, steps)
             for policy, memory in zip((fixed, stock), memories, strict=True)
         )
-        assert np.array_equal(mine[0], theirs[0])
-        assert torch.equal(mine[1], theirs[1])
+        same(mine, theirs)
         assert mine[1].count_nonzero() == 9
 
 
-def test_all_tokens_give_the_untouched_policys_bits(parts: Any) -> None:
+def test_all_tokens_give_the_untouched_policys_actions(parts: Any) -> None:
     fixed, _ = both(parts, build_reducer("vla_pruner"))
     policy, before, after = parts
     observation = observed()
@@ -102,27 +111,25 @@ def test_all_tokens_give_the_untouched_policys_bits(parts: Any) -> None:
     noise = torch.randn(1, models.CHUNK, 8, generator=torch.Generator().manual_seed(4))
     expected = after(policy.predict_action_chunk(batch, noise=noise))[0].numpy()
     for _ in range(2):
-        assert np.array_equal(acted(fixed, observation, N)[0], expected)
+        assert np.abs(acted(fixed, observation, N)[0] - expected).max() < ROUNDING
 
 
-def test_a_prefix_of_two_precisions_is_the_same_bits() -> None:
+def test_a_prefix_of_two_precisions_is_the_same() -> None:
     """As in SmolVLA's checkpoints, whose language model is of less precision than the state."""
     policy = BUILDERS["smolvla"]()
     policy.model.vlm_with_expert.vlm.half()
     fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
     observation = observed()
     mine, theirs = (acted(one, observation, 9) for one in (fixed, stock))
-    assert np.array_equal(mine[0], theirs[0])
-    assert torch.equal(mine[1], theirs[1])
+    same(mine, theirs)
 
 
-def test_pictures_between_marks_are_the_same_bits_and_the_marks_stay_on_the_device() -> None:
+def test_pictures_between_marks_are_the_same_and_the_marks_stay_on_the_device() -> None:
     policy = BUILDERS["smolvla"](add_image_special_tokens=True)
     fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
     mark, observation = policy.model.image_end_token, observed(cameras=("left", "right"))
     mine, theirs = (acted(one, observation, 9) for one in (fixed, stock))
-    assert np.array_equal(mine[0], theirs[0])
-    assert torch.equal(mine[1], theirs[1])
+    same(mine, theirs)
     family: Any = fixed._family
     near = family._marks["image_end_token"] = mark.clone()
     with family.capturable():
@@ -130,7 +137,7 @@ def test_pictures_between_marks_are_the_same_bits_and_the_marks_stay_on_the_devi
     assert policy.model.image_end_token is mark
 
 
-def test_every_reducer_that_fits_is_the_same_bits(parts: Any) -> None:
+def test_every_reducer_that_fits_acts_the_same(parts: Any) -> None:
     ran = 0
     for name in reducer_names():
         try:
@@ -145,8 +152,7 @@ def test_every_reducer_that_fits_is_the_same_bits(parts: Any) -> None:
                 acted(one, observation, 10, memory, 1)
                 for one, memory in zip((fixed, stock), memories, strict=True)
             )
-            assert np.array_equal(mine[0], theirs[0]), name
-            assert torch.equal(mine[1], theirs[1]), name
+            same(mine, theirs)
     assert ran > 5
 
 
@@ -163,8 +169,7 @@ def test_prefixes_may_alternate_and_take_in_newer_states(parts: Any) -> None:
             policy.act(own[which], observation, seed=which)
             for policy, own in zip((fixed, stock), prefixes, strict=True)
         )
-        assert np.array_equal(mine[0].actions, theirs[0].actions)
-        assert torch.equal(mine[1], theirs[1])
+        same((mine[0].actions, mine[1]), (theirs[0].actions, theirs[1]))
 
 
 def test_a_call_that_overlaps_another_is_refused(
@@ -182,8 +187,7 @@ def test_a_call_that_overlaps_another_is_refused(
     expected = acted(stock, one, 9)
     overlapped = Overlapped(calls, monkeypatch)
     mine = acted(fixed, one, 9)
-    assert np.array_equal(mine[0], expected[0])
-    assert torch.equal(mine[1], expected[1])
+    same(mine, expected)
     overlapped.all_refused()
 
 
@@ -197,8 +201,7 @@ def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.Mo
             acted(one, observation, tokens, memory, steps)
             for one, memory in zip((fixed, stock), memories, strict=True)
         )
-        assert np.array_equal(mine[0], theirs[0])
-        assert torch.equal(mine[1], theirs[1])
+        same(mine, theirs)
     assert fixed.captured is not None
     assert fixed.captured.pool.captured == EYE + SECTIONS + STEPS
 
@@ -265,6 +268,17 @@ def test_pruned_otherwise_a_policy_stays_captured_or_not(parts: Any) -> None:
     assert fixed.pruned_by(build_reducer("uniform")).captured is not None
     assert stock.pruned_by(build_reducer("uniform")).captured is None
     assert FlowPolicy(*parts).captured is None
+
+
+def test_a_captured_policy_is_saved_as_it_was(parts: Any, tmp_path: Path) -> None:
+    """lerobot refuses weights that are views of others."""
+    policy = copy.deepcopy(parts[0])
+    policy.save_pretrained(tmp_path / "before")
+    acted(FlowPolicy(policy, *parts[1:], capture="on"), observed(), N)
+    policy.save_pretrained(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 # --- nothing waits for the device
@@ -373,7 +387,8 @@ def test_embedding_asks_for_no_value_once_it_has_seen_a_size(parts: Any) -> None
         theirs = stock._family.embed(*given)
     assert made.calls
     assert bool(asked.calls) == (family.policy.config.type == "smolvla")
-    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert (mine[0] - theirs[0]).abs().max() < ROUNDING
+    assert all(torch.equal(a, b) for a, b in zip(mine[1:], theirs[1:], strict=True))
 
 
 def test_the_watch_would_see_what_comes_from_the_host() -> None:
@@ -425,7 +440,6 @@ def test_captured_steps_act_as_launched_ones(kind: str) -> None:
                 acted(one, observation, tokens, memory, steps)
                 for one, memory in zip((fixed, stock), memories, strict=True)
             )
-            assert np.abs(mine[0] - theirs[0]).max() < 1e-4
-            assert (mine[1] - theirs[1]).abs().max() < 1e-4
+            same(mine, theirs)
         assert fixed.captured.pool.fallen_back == []
         assert fixed.captured.pool.captured == EYE + (SECTIONS if layer else 2) + STEPS

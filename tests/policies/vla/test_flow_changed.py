@@ -17,7 +17,7 @@ from stream.reducers.vla_pruner import VLAPruner
 from tests.policies import changes
 from tests.policies.graphs.taped import TapedPool
 from tests.policies.vla import lerobot_models
-from tests.policies.vla.test_flow_captured import acted, both
+from tests.policies.vla.test_flow_captured import acted, both, same
 from tests.policies.vla.test_flow_policy import observed
 
 KINDS = sorted(lerobot_models.BUILDERS)
@@ -27,11 +27,6 @@ KINDS = sorted(lerobot_models.BUILDERS)
 def own(request: pytest.FixtureRequest) -> Any:
     made = lerobot_models.BUILDERS[request.param]()
     return made, *lerobot_models.processors(made)
-
-
-def same(mine: Any, theirs: Any) -> None:
-    assert np.array_equal(mine[0], theirs[0])
-    assert torch.equal(mine[1], theirs[1])
 
 
 def another_output(network: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -154,9 +154,19 @@ def test_openvla_on_the_gpu(shape: dict[str, Any], capsys: pytest.CaptureFixture
     check_captured(name, build, model.config.image_px, 20, capsys)
 
 
+@pytest.fixture
+def rounded_factors() -> Iterator[None]:
+    """Products of float32 as `load` sets them."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, True
+    yield
+    products.allow_tf32 = before
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
+@pytest.mark.usefixtures("rounded_factors")
 def test_flow_policies_on_the_gpu(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.device("cuda"):
         policy = models.full_size(kind, "cuda")
