@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from types import FunctionType, MethodType
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -50,6 +51,24 @@ def bound(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
 def instead(new: Any, old: Any) -> Any:
     """What `bound` wraps by where it takes the place of the method."""
     return new
+
+
+def with_globals(method: Any, **own: Any) -> Any:
+    """A method that finds `own` in place of globals of its module, which stay as they are for all
+    others; the method itself where it knows no such globals."""
+    function = getattr(method, "__func__", None)
+    known: dict[str, Any] = getattr(function, "__globals__", {})
+    if function is None or own.keys() - known.keys():
+        return method
+    twin = FunctionType(
+        function.__code__,
+        {**known, **own},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return MethodType(twin, method.__self__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
 from ..graphs.kept import Kept, weakly
@@ -23,6 +25,9 @@ KEPT = 16
 """Shapes that are kept of each part. A flow step holds a copy of the prefix's keys and values, 5 MB
 (SmolVLA) to 15 MB (pi0) at full length. The shape that was not used for the longest time goes."""
 
+_alone: WeakKeyDictionary[nn.Module, Alone] = WeakKeyDictionary()
+"""By network, whose modules are lean while one call is under way."""
+
 Like = tuple[tuple[torch.Size, torch.dtype], ...]
 """Shapes and dtypes of what a graph takes."""
 
@@ -34,11 +39,12 @@ class CapturedFlow(Standing):
     kernels, and for pictures, which are embedded all at once: actions are the same up to rounding.
 
     The first call of a shape captures it, which takes about three calls. A call that overlaps
-    another is refused with AttachError. Ask `ready` before each call.
+    another on the same network is refused with AttachError. Ask `ready` before each call.
     """
 
     def __init__(self, family: FlowFamily, pruning: FlowPruning, device: torch.device) -> None:
         super().__init__(type(family.policy).__name__, lambda: (family.model,), device)
+        self._alone = _alone.setdefault(family.model, self._alone)
         self._family, self._pruning, self._constants = family, pruning, Constants()
         self.eyes: Kept[Like, Program] = Kept(KEPT)
         self.sections: Kept[tuple[int, int, Like], Program] = Kept(KEPT)

@@ -249,9 +249,10 @@ def load(
 ) -> FlowPolicy:
     """A policy from a checkpoint folder or hub name of lerobot, by lerobot's own loaders.
 
-    As in lerobot's own evaluation, products of float32 may round their factors (TF32) in the whole
-    process from then on. Reads safetensors and JSON alone. Raises AttachError for what cannot be
-    loaded, also where lerobot itself would go on with random weights. capture: see `FlowPolicy`.
+    As in lerobot's own evaluation, products of float32 on a GPU may round their factors in the
+    whole process from then on (`torch.backends.cuda.matmul.allow_tf32`). Reads safetensors and JSON
+    alone. Raises AttachError for what cannot be loaded, also where lerobot itself would go on with
+    random weights. capture: see `FlowPolicy`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -260,7 +261,6 @@ def load(
     from safetensors import SafetensorError
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         config: Any = PreTrainedConfig.from_pretrained(name)
         config.device, config.compile_model = device, False
@@ -280,6 +280,8 @@ def load(
             f"Policy '{name}' cannot be loaded: {str(error).splitlines()[0]} Give a folder or hub "
             "name that `save_pretrained` of a lerobot policy and its processors wrote."
         ) from error
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
     return FlowPolicy(policy.to(device).eval(), before, after, reducer, name=name, capture=capture)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -29,8 +30,9 @@ from .flow import bound, instead
 def lean_parts(network: nn.Module) -> Iterator[None]:
     """While open, norms, MLPs and attention of known types in `network` run in fewer kernels.
 
-    Hooks on them run as ever; others are left as they stand. Projections are not joined: lerobot
-    does not save policies whose weights are views.
+    Hooks on them run as ever; others, and those with another forward than their library's, are left
+    as they stand. Projections are not joined: lerobot does not save policies whose weights are
+    views.
     """
     from lerobot.policies.pi_gemma import PiGemmaRMSNorm
 
@@ -41,9 +43,13 @@ def lean_parts(network: nn.Module) -> Iterator[None]:
         LlamaRMSNorm: _llama_norm,
         PiGemmaRMSNorm: _gemma_norm,
     }
+    if "eager" in ALL_ATTENTION_FUNCTIONS:  # somebody's own, which lerobot would run
+        known.pop(GemmaAttention)
     with ExitStack() as stack:
         for module in network.modules():
-            if make := known.get(type(module)):
+            kind = type(module)
+            make = known.get(kind)
+            if make and is_of(kind.__module__, module.forward):
                 stack.enter_context(bound(module, "forward", partial(instead, make(module))))
         yield
 
@@ -56,6 +62,8 @@ def at_once(towers: Any, pictures: Sequence[Tensor]) -> Iterator[None]:
 
     def together(embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def embedded(picture: Tensor) -> Tensor:
+            if all(picture is not each for each in pictures):
+                return embed(picture)
             if id(picture) not in said:
                 kind = picture.shape, picture.dtype
                 alike = [each for each in pictures if (each.shape, each.dtype) == kind]
@@ -72,7 +80,7 @@ def at_once(towers: Any, pictures: Sequence[Tensor]) -> Iterator[None]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(what is seen [b, n, h * d], attention [b, h, n, m], of the type of the values).
+    """(what is seen [b, n, h * d], attention as `attention` gives it, of the type of the values).
 
     query: [b, n, h, d]; key, value: [b, h_kv, m, d]; mask: [b, 1, n, m], bool (True = may look) or
     added to the logits.
@@ -81,8 +89,7 @@ def attend(
     held = key.shape[1]
     weights = attention(query, key, mask, scaling).to(value.dtype)
     seen = (weights @ value).view(b, held, n, -1, d).transpose(1, 2).reshape(b, n, heads * d)
-    by_head = weights.view(b, held, n, -1, key.shape[2]).transpose(2, 3).flatten(1, 2)
-    return seen, by_head
+    return seen, weights
 
 
 def attention(query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -130,6 +137,11 @@ def rope(x: Tensor, positions: Tensor, timescale: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
+def is_of(library: str, function: Any) -> bool:
+    """Whether a function or method is one of a module's own, so that ours may take its place."""
+    return getattr(function, "__module__", None) == library
+
+
 def compiled_or_plain(x: Tensor) -> Any:
     """The module whose `masked_softmax`, `norm` and `rope` fit a tensor."""
     return (compiled() if x.is_cuda else None) or sys.modules[__name__]
@@ -153,7 +165,8 @@ def _attention(own: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, own.layer_idx)
         seen, weights = attend(query, key, value, attention_mask, own.scaling)
-        return own.o_proj(seen), weights
+        by_row = weights.unflatten(2, (query.shape[1], -1))
+        return own.o_proj(seen), by_row.transpose(2, 3).flatten(1, 2)
 
     return forward
 

@@ -132,8 +132,8 @@ def norm(
             out,
             size,
             n,
-            scale.stride(0) if scale.ndim == 2 else 0,
-            shift.stride(0) if shift is not None and shift.ndim == 2 else 0,
+            _stride(scale),
+            0 if shift is None else _stride(shift),
             one,
             eps,
             shift is not None,
@@ -145,8 +145,8 @@ def norm(
 
 def rope(x: Tensor, positions: Tensor, timescale: Tensor) -> Tensor:
     """As `lean.rope`."""
-    x, positions = x.contiguous(), positions.contiguous()
     b, n, heads, d = x.shape
+    x, positions = x.contiguous(), positions.expand(b, n).contiguous()
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         _rope[(b * n,)](
@@ -165,6 +165,11 @@ def rope(x: Tensor, positions: Tensor, timescale: Tensor) -> Tensor:
 
 def _dense(values: Tensor) -> Tensor:
     return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def _stride(values: Tensor) -> int:
+    """From one sequence to the next; 0 where all share them."""
+    return values.stride(0) if values.ndim == 2 and len(values) > 1 else 0
 
 
 def _warps(block: int) -> int:

@@ -7,8 +7,7 @@ last row is the state's, which stands behind the instruction.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from stream.errors import AttachError
 
 from ..probes import Attention
-from .flow import FlowPruning, bound, instead
+from .flow import FlowPruning, bound, instead, with_globals
 from .flow_family import FlowFamily
-from .lean import attend, attention, compiled_or_plain
+from .lean import attend, attention, compiled_or_plain, is_of
+
+LEROBOT = "lerobot.policies.smolvla.smolvlm_with_expert"
 
 
 class Family(FlowFamily):
@@ -181,12 +182,19 @@ class Family(FlowFamily):
             stack.enter_context(bound(tower, "forward", seen))
             for name, mark in self._marks.items():
                 stack.enter_context(bound(self.model, name, partial(instead, mark)))
-            modeling = sys.modules[type(self.towers).__module__]
-            stack.enter_context(bound(modeling, "apply_rope", partial(instead, self._turned)))
-            stack.enter_context(
-                bound(self.towers, "eager_attention_forward", partial(instead, _attended))
-            )
+            for name, wrap in self._leaner():
+                stack.enter_context(bound(self.towers, name, wrap))
             yield
+
+    def _leaner(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+        """Methods of the towers, and by what they take fewer kernels, where they are lerobot's."""
+        attending = self.towers.eager_attention_forward
+        if is_of(LEROBOT, attending):
+            yield "eager_attention_forward", partial(instead, _attended)
+        for name in ("forward_attn_layer", "forward_cross_attn_layer"):
+            method = getattr(self.towers, name)
+            if is_of(LEROBOT, method) and is_of(LEROBOT, method.__globals__["apply_rope"]):
+                yield name, partial(with_globals, apply_rope=self._turned)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """As the policy's `apply_rope`."""

@@ -21,6 +21,7 @@ from policies.graphs import standing
 from policies.graphs.constants import Constants
 from policies.graphs.wanted import Capture
 from policies.vla import flow_captured
+from policies.vla.families import family_of
 from policies.vla.flow import FlowPruning, FlowSteps
 from policies.vla.flow_captured import CapturedFlow
 from policies.vla.flow_policy import WEIGHTS, FlowPolicy
@@ -124,6 +125,23 @@ def test_a_prefix_of_two_precisions_is_the_same() -> None:
     same(mine, theirs)
 
 
+def test_attention_that_differs_from_token_to_token_is_the_same() -> None:
+    """A fresh policy looks everywhere nearly alike, and its norms are all ones."""
+    policy = BUILDERS["smolvla"]()
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in policy.model.vlm_with_expert.named_parameters():
+        with torch.no_grad():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(8)
+            elif "norm" in name:
+                weight.add_(torch.randn(weight.shape, generator=draw) * 0.3)
+    fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner", layer=3))
+    mine, theirs = (acted(one, observed(), 9) for one in (fixed, stock))
+    seen = theirs[1][theirs[1] > 0]
+    assert seen.max() > 3 * seen.min()
+    same(mine, theirs)
+
+
 def test_pictures_between_marks_are_the_same_and_the_marks_stay_on_the_device() -> None:
     policy = BUILDERS["smolvla"](add_image_special_tokens=True)
     fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
@@ -189,6 +207,65 @@ def test_a_call_that_overlaps_another_is_refused(
     mine = acted(fixed, one, 9)
     same(mine, expected)
     overlapped.all_refused()
+
+
+def test_policies_over_one_network_are_refused_while_one_of_them_runs(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed, _ = both(parts, build_reducer("vla_pruner", layer=3))
+    other = fixed.pruned_by(build_reducer("uniform"))
+    overlapped = Overlapped([lambda: other.encode(observed(2))], monkeypatch)
+    acted(fixed, observed(1), 9)
+    overlapped.all_refused()
+
+
+@pytest.mark.parametrize("kind", ["pi0", "smolvla"])
+def test_other_policies_of_a_family_never_see_its_lean_parts(kind: str) -> None:
+    """Whichever of two that run at once ends first."""
+    one, two = (family_of(BUILDERS[kind]()) for _ in range(2))
+    modeling = [sys.modules[type(module).__module__] for module in (one.model, one.towers)]
+    before = [dict(vars(module)) for module in modeling]
+    first, second = one.capturable(), two.capturable()
+    with first:
+        second.__enter__()
+        assert [dict(vars(module)) for module in modeling] == before
+    second.__exit__(None, None, None)
+    assert [dict(vars(module)) for module in modeling] == before
+    names = {"denoise_step", "forward_attn_layer", "eager_attention_forward"}
+    for family in (one, two):
+        assert not names & (vars(family.model).keys() | vars(family.towers).keys())
+
+
+def own_rope(x: Tensor, positions: Tensor) -> Tensor:
+    return x * positions[..., None, None].sin()
+
+
+def own_attention(
+    mask: Tensor, batch: int, size: int, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    return query.flatten(2) * mask.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("where", ["rope", "attention", "class"])
+def test_parts_of_a_users_own_are_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = BUILDERS["smolvla"]()
+    towers = policy.model.vlm_with_expert
+    usual = acted(both((policy, *models.processors(policy)))[1], observed(), N)[0]
+    if where == "rope":
+        modeling = sys.modules[type(towers).__module__]
+        monkeypatch.setattr(modeling, "apply_rope", own_rope)
+    elif where == "attention":
+        monkeypatch.setattr(towers, "eager_attention_forward", own_attention)
+    else:
+        towers.__class__ = type(
+            "Towers",
+            (type(towers),),
+            {"eager_attention_forward": lambda self, *given: own_attention(*given)},
+        )
+    fixed, stock = both((policy, *models.processors(policy)), build_reducer("vla_pruner"))
+    mine, theirs = (acted(one, observed(), N) for one in (fixed, stock))
+    assert np.abs(theirs[0] - usual).max() > 1e-3
+    assert np.abs(mine[0] - theirs[0]).max() < ROUNDING
 
 
 def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,7 @@ def test_a_checkpoint_folder_acts_as_the_policy_that_was_saved(
     capsys.readouterr()
     policy = loading(folder, pruner())
     assert capsys.readouterr().out == ""
+    assert not torch.backends.cuda.matmul.allow_tf32, "on a CPU nothing is to be set"
     assert np.array_equal(acted(policy, observed(), 9).actions, expected)
 
 
