@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 64
+_ROWS, _FEWEST = 64, 16
 
 
 @triton.jit
@@ -114,10 +114,28 @@ def received_from_all(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     level, received = (query.new_empty(b, h, x, dtype=torch.float32) for x in (n, m))
     shape = (scaling * math.log2(math.e), h, h // key.shape[1], n, m, d)
     strides = (*query.stride()[:3], *key.stride()[:3])
-    sizes = (_ROWS, max(16, triton.next_power_of_2(d)))
+    size = max(16, triton.next_power_of_2(d))
+    rows = rows_within(size * query.element_size(), _room(query.device))
     with torch.cuda.device_of(query):
-        _spread[(triton.cdiv(n, _ROWS), b * h)](query, key, level, *shape, *strides, *sizes)
-        _collect[(triton.cdiv(m, _ROWS), b * h)](
-            query, key, level, received, *shape, *strides, *sizes
+        _spread[(triton.cdiv(n, rows), b * h)](query, key, level, *shape, *strides, rows, size)
+        _collect[(triton.cdiv(m, rows), b * h)](
+            query, key, level, received, *shape, *strides, rows, size
         )
     return received.mean(1) / n
+
+
+def rows_within(row_bytes: int, room: float) -> int:
+    """Rows of a tile such that three of them, one that stays and two on their way, and a little
+    more fit into `room` bytes, as far as the fewest do."""
+    rows = _ROWS
+    while rows > _FEWEST and 3 * rows * row_bytes + 2048 > room:
+        rows //= 2
+    return rows
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of shared memory that a kernel may have."""
+    if device.type != "cuda":
+        return math.inf
+    properties = torch.cuda.get_device_properties(device)
+    return float(getattr(properties, "shared_memory_per_block_optin", 2**16))
