@@ -1,8 +1,8 @@
 """Prefills in fixed shapes with the stages of a reducer between the graphs.
 
 A graph keeps what a stage remembered when it was captured. So each section of layers is a program
-of its own, and between them stages are launched as `ReductionHooks` launches them, each with the
-memory, the budget and the times of its stream.
+of its own, and between them stages run as in `ReductionHooks`, each with the memory, the budget and
+the times of its stream; what they do in fixed shapes is replayed (`stream.ops.replayed`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .buckets import TEXT_STEP, round_up
 from .capture import Program
 from .continuation import Continuation, rows_of
 from .kept import Kept, weakly
+from .replays import Replays
 
 KEPT = 32
 """Programs of sections that are kept; the one that was not used for the longest time goes."""
@@ -62,6 +63,7 @@ class StagedDecoder(Continuation):
         super().__init__(*given, **named)
         self._inside: ref[Prefilled] | None = None
         self.programs: Kept[tuple[Any, ...], Program] = Kept(KEPT)
+        self.choices = Replays()
 
     def prefill(
         self,
@@ -98,16 +100,18 @@ class StagedDecoder(Continuation):
         queries = QueryRows.of(prompt, torch.stack(last), tail)
         state = Prefill(rows, n, queries, padding=n - length)
         x = embeds
-        for stage in stages:
-            if not stage.site.in_llm:
-                x = state.reduce_before(stage, x)
+        with self.choices.on(self.pool):
+            for stage in stages:
+                if not stage.site.in_llm:
+                    x = state.reduce_before(stage, x)
         entering = position if state.entered is None else _at(position, state.entered)
         state.length = x.shape[1]
         if any(Signal.INPUT_EMBEDDINGS in stage.needs for stage in inside.values()):
             state.inputs = x
         for i, section in enumerate(self.sections):
-            for layer in section.layers:
-                x = state.enter_layer(layer, inside.get(layer), x)
+            with self.choices.on(self.pool):
+                for layer in section.layers:
+                    x = state.enter_layer(layer, inside.get(layer), x)
             alive = state.alive[section.first]
             here = entering if alive is None else _at(entering, alive)
             needs = inside[section.stop].needs & ROW_SIGNALS if section.stop in inside else ()

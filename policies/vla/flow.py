@@ -9,9 +9,10 @@ to the tokens that are left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any, Self
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from stream.data import Budget
 from stream.errors import AttachError
 from stream.memory import Memory
+from stream.ops.replayed import replayable
 from stream.plan import Plan
 from stream.reducers.base import Reducer
 from stream.signals import Signal, Signals
@@ -347,9 +349,28 @@ class FlowPruning:
         needs: frozenset[Signal],
     ) -> dict[Signal, Tensor]:
         assert self.inference is not None
+        queries, wanted = self.inference.prefill.queries, sorted(needs)
+        seen = replayable(
+            (layer, *wanted, queries.tail),
+            partial(self._received, layer, wanted, queries.tail),
+            *(hidden, positions, mask, queries.prompt, queries.text),
+        )
+        return dict(zip(wanted, seen, strict=True))
+
+    def _received(
+        self,
+        layer: int,
+        wanted: Sequence[Signal],
+        tail: int,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        prompt: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, ...]:
+        queries = QueryRows(prompt, text, tail)
         attention = self._family.attention(layer, hidden, positions, mask)
-        queries = self.inference.prefill.queries
-        return {signal: attention.received(*queries.behind(signal)) for signal in needs}
+        return tuple(attention.received(*queries.behind(signal)) for signal in wanted)
 
 
 def _taken(mask: Tensor, index: Tensor, dim: int) -> Tensor:

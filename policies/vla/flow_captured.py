@@ -16,6 +16,7 @@ from ..graphs.alone import Alone
 from ..graphs.capture import GraphPool, Program
 from ..graphs.constants import Constants
 from ..graphs.kept import Kept, weakly
+from ..graphs.replays import Replays
 from ..graphs.standing import Standing
 from .flow import FlowPruning, FlowSteps, Inference, Request
 from .flow_family import FlowFamily
@@ -44,6 +45,7 @@ class CapturedFlow(Standing):
 
     def __init__(self, family: FlowFamily, pruning: FlowPruning, device: torch.device) -> None:
         super().__init__(type(family.policy).__name__, lambda: (family.model,), device)
+        self._choices = Replays()
         self._alone = _alone.setdefault(family.model, self._alone)
         self._family, self._pruning, self._constants = family, pruning, Constants()
         self.eyes: Kept[Like, Program] = Kept(KEPT)
@@ -51,7 +53,7 @@ class CapturedFlow(Standing):
         self.steps: Kept[tuple[tuple[int, ...], Like], _Step] = Kept(KEPT)
 
     def _kept(self) -> list[Kept[Any, Any]]:
-        return [self.eyes, self.sections, self.steps]
+        return [self.eyes, self.sections, self.steps, self._choices.programs]
 
     def embed(
         self, pictures: Sequence[Tensor], masks: Sequence[Tensor], *words: Tensor
@@ -77,7 +79,7 @@ class CapturedFlow(Standing):
     ) -> tuple[Any, Inference]:
         """The cache of a prefix, and what became of its tokens.
 
-        Between the stages layers are replayed; a stage itself needs its episode's memory.
+        Layers are replayed, and of the stages between them what does not need the episode's memory.
         """
         with self._alone:
             return self._prefill(request, embeds, padding, blocks)
@@ -88,13 +90,14 @@ class CapturedFlow(Standing):
         hidden, positions, mask = self._family.entering(*prefix)
         pruning.expect(request)
         try:
-            for first, stop in pruning.sections:
-                given = pruning.enter(first, hidden, positions, mask)
-                with self._constants:
-                    hidden, last, *held = self._section(first, stop, _like(given))(*given)
-                    for i, layer in enumerate(range(first, stop)):
-                        cache.update(held[2 * i], held[2 * i + 1], layer)
-                pruning.leave(first, stop, last, *given[1:])
+            with self._choices.on(self.pool):
+                for first, stop in pruning.sections:
+                    given = pruning.enter(first, hidden, positions, mask)
+                    with self._constants:
+                        hidden, last, *held = self._section(first, stop, _like(given))(*given)
+                        for i, layer in enumerate(range(first, stop)):
+                            cache.update(held[2 * i], held[2 * i + 1], layer)
+                    pruning.leave(first, stop, last, *given[1:])
             inference = pruning.inference
         finally:
             pruning.forget()

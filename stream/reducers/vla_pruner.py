@@ -9,6 +9,7 @@ robot with three cameras is a grid of three frames; a camera that is missing lea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,7 @@ from ..errors import ValueShapeError
 from ..memory import Memory
 from ..ops import picks, spread
 from ..ops.history import LONGEST, AttentionHistory, Glance, imputed, seen
+from ..ops.replayed import replayable
 from ..plan import Plan
 from ..signals import Signal, Signals
 from .base import BatchReducer, Site
@@ -164,13 +166,12 @@ class VLAPruner(BatchReducer):
             score = torch.stack([scores[i] for i in ready])
             histories = [_history(memories[i]) for i in ready]
             now_s = [max(tokens[i].pts_s) for i in ready]
-            union, count = self.candidates(
-                place, score, histories, now_s, tokens[0].grid, budget.tokens
-            )
+            grid, k = tokens[0].grid, budget.tokens
+            past = self._known(histories, now_s, grid, score.device)
             x = torch.cat([features[i] for i in ready])
-            most = 2 * self._times * budget.tokens
-            thinned = _thin_out(x, place, union, count, budget.tokens, most)
-            kept = dict(zip(ready, thinned, strict=True))
+            choose = partial(self._chosen, grid, k)
+            (chosen,) = replayable((self, grid, k), choose, x, place, score, *past)
+            kept = dict(zip(ready, chosen, strict=True))
         return [
             Plan.keep(kept[i], t.n) if i in kept else Plan.identity(t.n, t.x.device)
             for i, t in enumerate(tokens)
@@ -194,20 +195,61 @@ class VLAPruner(BatchReducer):
         place: long [b, n], of each token in the grid; semantic: float [b, n]; now_s: of each
         stream. Raises ValueShapeError if a history is of another grid.
         """
+        past = self._known(histories, now_s, grid, semantic.device)
+        return self._union(grid, k, place, semantic, *past)
+
+    def _chosen(
+        self,
+        grid: PatchGrid,
+        k: int,
+        x: Tensor,
+        place: Tensor,
+        semantic: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor]:
+        """(tokens that stay, in order, long [b, k],) of features [b * n, d]."""
+        union, count = self._union(grid, k, place, semantic, *past)
+        return (_thin_out(x, place, union, count, k, 2 * self._times * k),)
+
+    def _known(
+        self,
+        histories: Sequence[AttentionHistory],
+        now_s: Sequence[float],
+        grid: PatchGrid,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_union` reads of the past: the weighted attention of each step, float32 [b, window,
+        grid.size]; the even grid that stands in for it, float64 [b, p]; where it does, bool [b]."""
+        phases = [self._refresh_phase(*one) for one in zip(histories, now_s, strict=True)]
+        none = torch.zeros(grid.per_frame, dtype=torch.float64, device=device)
+        even = [none if p is None else spread.even(grid.rows, grid.cols, p, device) for p in phases]
+        turns = [none.new_full((), p is not None, dtype=torch.bool) for p in phases]
+        past = self._weighted(histories, now_s, grid, device)
+        return past, torch.stack(even), torch.stack(turns)
+
+    def _union(
+        self,
+        grid: PatchGrid,
+        k: int,
+        place: Tensor,
+        semantic: Tensor,
+        past: Tensor,
+        even: Tensor,
+        turn: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `candidates`; past, even, turn: as `_known` says."""
         groups = grid.frames if self.mode == "default" else 1
         score = semantic.new_full((len(place), grid.size), -torch.inf).scatter_(1, place, semantic)
         absent = score == -torch.inf
-        action = self.guide(histories, now_s, grid, score.device)
+        action = self._smoothed(past)
         if self.mode == "default":
             action = F.threshold(action, 0.0, -torch.inf)
         levels = torch.stack([score, action]).masked_fill_(absent, -torch.inf)
         levels = levels.view(2, len(place), groups, -1)
         count = self._share(levels, k)
-        for i, history in enumerate(histories):
-            phase = self._refresh_phase(history, now_s[i])
-            if phase is not None:
-                even = spread.even(grid.rows, grid.cols, phase, score.device)
-                levels[1, i] = torch.where(absent[i].view(groups, -1), -torch.inf, even)
+        if self.mode == "default":
+            even = even[:, None].masked_fill(absent.view(len(place), groups, -1), -torch.inf)
+            levels[1] = torch.where(turn[:, None, None], even, levels[1])
         tops = picks.top_mask(levels, count * self._times) & (levels > -torch.inf)
         return tops.any(0), count
 
@@ -220,6 +262,16 @@ class VLAPruner(BatchReducer):
     ) -> Tensor:
         """Smoothed action attention, float32 [b, grid.size], each with sum 1; 0 where none is
         known."""
+        return self._smoothed(self._weighted(histories, now_s, grid, device))
+
+    def _weighted(
+        self,
+        histories: Sequence[AttentionHistory],
+        now_s: Sequence[float],
+        grid: PatchGrid,
+        device: torch.device | str,
+    ) -> Tensor:
+        """Action attention of each step that counts, float32 [b, window, grid.size]."""
         glances: list[Glance] = []
         weights: list[float] = []
         for history, now in zip(histories, now_s, strict=True):
@@ -231,7 +283,10 @@ class VLAPruner(BatchReducer):
             weights += [*self.weights([max(now - g.time_s, 0.0) for g in past]), *[0.0] * spare]
         each = imputed(glances, self.half_life_s) if self.mode == "default" else seen(glances)
         torch._foreach_mul_(each.unbind(), weights)
-        total = each.view(len(histories), self.window, -1).sum(1)
+        return each.view(len(histories), self.window, -1)
+
+    def _smoothed(self, past: Tensor) -> Tensor:
+        total = past.sum(1)
         total = total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
         return total.to(getattr(torch, self.guide_dtype)).float()
 

@@ -178,8 +178,8 @@ def test_hooks_on_openvla_run(
 def test_openvla_makes_room_once_and_goes_on_without_graphs_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of five graphs, one for the second budget, four fit."""
-    monkeypatch.setattr(standing, "GraphPool", Four)
+    """Of six graphs, one for the second budget, five fit."""
+    monkeypatch.setattr(standing, "GraphPool", Five)
     fixed, stock = pair("parallel", VLAPruner(layer=2))
     assert fixed.captured is not None
     expected = episode(stock, SEEN, BUDGETS)
@@ -194,9 +194,9 @@ def test_openvla_makes_room_once_and_goes_on_without_graphs_then(
     assert pool.uncaptured == 1 + 3 * BUDGETS.count(8)
 
 
-class Four(ScarcePool):
+class Five(ScarcePool):
     def __init__(self, device: Any, **options: Any) -> None:
-        super().__init__(device, 4, **options)
+        super().__init__(device, 5, **options)
 
 
 @pytest.mark.gpu
@@ -215,6 +215,6 @@ def test_graphs_follow_a_changed_network(head: str) -> None:
         check(*(episode(one, SEEN, BUDGETS) for one in both), within=1e-4)
         assert captured.pool.fallen_back == []
         assert (captured.pool.captured, captured.pool.uncaptured) == (
-            (5 if head == "parallel" else 6),
+            (6 if head == "parallel" else 7),
             0,
         )

@@ -40,9 +40,10 @@ N = len(CAMERAS) * PER_CAMERA
 CAPTURES: tuple[Capture, ...] = ("on", "off")
 KINDS = sorted(BUILDERS)
 ROUNDING = 1e-4
-EYE, SECTIONS, STEPS = 1, 3, 2
+EYE, SECTIONS, STEPS, CHOICES = 1, 3, 2, 2
 """Graphs of one size of pictures and two budgets: in front of the layer that prunes there is one
-length, behind it and in the flow steps there are two."""
+length, behind it and in the flow steps there are two. What the prompt looks at is one, and so is
+the choice of VLA-Pruner; with all tokens there is nothing to choose."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -280,7 +281,7 @@ def test_replayed_operators_do_without_python(parts: Any, monkeypatch: pytest.Mo
         )
         same(mine, theirs)
     assert fixed.captured is not None
-    assert fixed.captured.pool.captured == EYE + SECTIONS + STEPS
+    assert fixed.captured.pool.captured == EYE + SECTIONS + STEPS + CHOICES
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
@@ -519,4 +520,4 @@ def test_captured_steps_act_as_launched_ones(kind: str) -> None:
             )
             same(mine, theirs)
         assert fixed.captured.pool.fallen_back == []
-        assert fixed.captured.pool.captured == EYE + (SECTIONS if layer else 2) + STEPS
+        assert fixed.captured.pool.captured == EYE + (SECTIONS if layer else 2) + STEPS + CHOICES
