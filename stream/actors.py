@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers beside other work
 
 import ray
 import torch

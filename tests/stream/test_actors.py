@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,13 @@ def test_an_error_in_an_actor_keeps_its_type(tmp_path: Path) -> None:
     broken.write_text("not a video")
     with pytest.raises(SourceError, match=r"broken\.mp4"):
         over_ray(broken)
+
+
+@pytest.mark.usefixtures("one_ray")
+def test_workers_are_no_less_urgent_than_the_one_who_waits_for_them() -> None:
+    """Beside other work they would hardly run: Ray's own niceness for them is 15."""
+
+    def niceness() -> int:
+        return os.nice(0)
+
+    assert ray.get(ray.remote(niceness).remote()) == niceness()
