@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layer_cuda import warps_of
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norm(  # type: ignore[no-untyped-def]
@@ -55,7 +57,6 @@ def add_norm(
     normed = torch.empty_like(x)
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
-    warps = min(max(block // 512, 1), 8)
     with torch.cuda.device_of(x):
         _add_norm[(x.numel() // size,)](
             x,
@@ -70,6 +71,6 @@ def add_norm(
             more is not None,
             scale is not None,
             block,
-            num_warps=warps,
+            num_warps=warps_of(block),
         )
     return total, normed

@@ -138,12 +138,16 @@ def add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     total, normed = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
-    warps = min(max(block // 512, 1), 8)
     with torch.cuda.device_of(x):
         _add_norm[(x.numel() // size,)](
-            x, more, weight, total, normed, size, eps, block, num_warps=warps
+            x, more, weight, total, normed, size, eps, block, num_warps=warps_of(block)
         )
     return total, normed
+
+
+def warps_of(block: int) -> int:
+    """For a program that reads a row of so many values."""
+    return min(max(block // 512, 1), 8)
 
 
 def _by_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..graphs.layer_cuda import warps_of
+
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -110,7 +112,7 @@ def masked_softmax(logits: Tensor, mask: Tensor, scaling: float, groups: int) ->
             mask.stride(2),
             adds,
             block,
-            num_warps=_warps(block),
+            num_warps=warps_of(block),
         )
     return out
 
@@ -138,7 +140,7 @@ def norm(
             eps,
             shift is not None,
             block,
-            num_warps=_warps(block),
+            num_warps=warps_of(block),
         )
     return out
 
@@ -170,7 +172,3 @@ def _dense(values: Tensor) -> Tensor:
 def _stride(values: Tensor) -> int:
     """From one sequence to the next; 0 where all share them."""
     return values.stride(0) if values.ndim == 2 and len(values) > 1 else 0
-
-
-def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)

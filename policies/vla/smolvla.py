@@ -193,7 +193,7 @@ class Family(FlowFamily):
             yield "eager_attention_forward", partial(instead, _attended)
         for name in ("forward_attn_layer", "forward_cross_attn_layer"):
             method = getattr(self.towers, name)
-            if is_of(LEROBOT, method) and is_of(LEROBOT, method.__globals__["apply_rope"]):
+            if is_of(LEROBOT, method) and is_of(LEROBOT, method.__globals__.get("apply_rope")):
                 yield name, partial(with_globals, apply_rope=self._turned)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
